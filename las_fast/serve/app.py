@@ -22,6 +22,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from las_fast.data.media import has_pyav
 from las_fast.errors import InputError
 from las_fast.output.formats import Style, as_srt, as_vtt, rounded, segment_row
 from las_fast.output.transcripts import Segment, Transcript
@@ -148,7 +149,7 @@ class Service:
     async def health(self, request: Request) -> Response:
         is_alive = self.batcher.is_alive
         row = {"status": "ok" if is_alive else "failed", "model": self.name, "in_progress": self.in_progress,
-               "queue": self.limits.queue}  # fmt: skip
+               "queue": self.limits.queue, "pyav": has_pyav()}  # fmt: skip
         return JSONResponse(row, 200 if is_alive else 503)
 
     async def show_metrics(self, request: Request) -> Response:

@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -70,6 +71,18 @@ def page(chromium, service):
     chromium.get_log("browser")
     yield chromium
     assert [row for row in chromium.get_log("browser") if row["level"] == "SEVERE"] == []
+
+
+def encode(path, samples, codec, rate):
+    """Write samples (N,) to a file with FFmpeg."""
+    with av.open(str(path), "w") as container:
+        track = container.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(format=track.format.name, layout="mono", rate=rate, frame_size=1024)
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(track.encode(part))
+        container.mux(track.encode(None))
 
 
 def one(page, selector):
@@ -139,12 +152,23 @@ def test_everything_has_a_name_for_screen_readers(transcribed):
     assert one(transcribed, "#status").aria_role == "status"
 
 
-def test_other_readings_and_the_attention_are_shown(transcribed):
+def test_other_texts_and_the_attention_are_shown(transcribed):
     box = one(transcribed, "#segments details")
     box.find_element(By.TAG_NAME, "summary").click()
     canvas = wait(transcribed, lambda page: box.find_element(By.CSS_SELECTOR, "figure canvas"))
     assert canvas.accessible_name.startswith("Attention of")
     assert len(box.find_elements(By.TAG_NAME, "li")) == 2 and box.find_elements(By.TAG_NAME, "mark")
+
+
+def test_an_m4a_is_sent_as_it_is_to_a_service_with_pyav(page, talk, tmp_path):
+    samples, rate = soundfile.read(talk, dtype="float32")
+    encode(tmp_path / "talk.m4a", samples, "aac", rate)
+    wait(page, lambda page: "speech13h" in one(page, "#model").text)
+    page.execute_script("""
+        const send = window.fetch;
+        window.fetch = (url, options) => (window.sent = options.body.get("file").name, send(url, options))""")
+    upload(page, tmp_path / "talk.m4a")
+    assert page.execute_script("return window.sent") == "talk.m4a" and one(page, "#status").text.startswith("Done")
 
 
 def test_subtitles_are_downloaded(transcribed, downloads):

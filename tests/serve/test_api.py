@@ -350,7 +350,9 @@ def test_a_segment_is_sent_before_the_recording_is_decoded(model, wav):
 
 
 def test_health_and_metrics(service, wav):
-    assert service.client.get("/health").json() == {"status": "ok", "model": "tiny", "in_progress": 0, "queue": 64}
+    assert service.client.get("/health").json() == {
+        "status": "ok", "model": "tiny", "in_progress": 0, "queue": 64, "pyav": True,
+    }  # fmt: skip
     text = service.client.get("/metrics").text
     assert 'las_fast_requests_total{path="/health",status="200"}' in text
     assert "las_fast_segments_total" in text and "las_fast_requests_in_progress 0.0" in text

@@ -2,33 +2,36 @@
 
 import { Wave, doubt } from "./wave.js";
 
-const RATE = 16000; // Hz, of what is decoded here
+const RATE = 16000; // Hz of the samples that the browser decodes
 const EDGE = 0.5; // seconds of audio sent before and after a segment for its attention
-const READABLE = /\.(wav|flac|ogg|oga|opus|mp3|aiff?|au|caf|w64)$/i; // other types are sent as WAV if the browser can decode them
+// The files that the service reads: always, and with PyAV. Others are sent as WAV if the browser can decode them.
+const READABLE = /\.(wav|flac|ogg|oga|opus|mp3|aiff?|au|caf|w64)$/i;
+const MEDIA = /\.(m4a|m4b|mp4|m4v|mov|3gp|aac|webm|mkv|mka)$/i;
 
 const find = (id) => document.getElementById(id);
 const audio = find("audio");
 const wave = new Wave(find("wave"), { onWord: playWord, onSeek: (time) => (audio.currentTime = time) });
-let current = null; // { name, samples, segments, done, abort } of the recording shown
-let stopAt = Infinity; // seconds, where playing a word or segment ends
+let current = null; // the recording on the page: { name, samples, segments, done, abort }
+let stopAt = Infinity; // seconds at which playing a word or segment ends
+let hasPyav = false; // in the service
 
 // ------------------------------------------------------------------------------------------------------- A recording
 
 async function transcribe(blob, name) {
   current?.abort.abort();
-  const shown = (current = { name, samples: null, segments: [], done: null, abort: new AbortController() });
+  const recording = (current = { name, samples: null, segments: [], done: null, abort: new AbortController() });
   reset(blob, name);
   say("Reading the recording ...");
   try {
-    shown.samples = await decode(blob).catch(() => null);
-    if (shown !== current) return;
-    wave.set(shown.samples, RATE, (shown.samples?.length ?? 0) / RATE);
-    const readable = READABLE.test(name) || !shown.samples;
-    await receive(readable ? blob : toWav(shown.samples), readable ? name : `${name}.wav`, shown);
+    recording.samples = await decode(blob).catch(() => null);
+    if (recording !== current) return;
+    wave.set(recording.samples, RATE, (recording.samples?.length ?? 0) / RATE);
+    const readable = READABLE.test(name) || (hasPyav && MEDIA.test(name)) || !recording.samples;
+    await receive(readable ? blob : toWav(recording.samples), readable ? name : `${name}.wav`, recording);
   } catch (error) {
-    if (shown === current && error.name !== "AbortError") fail(error.message);
+    if (recording === current && error.name !== "AbortError") fail(error.message);
   }
-  if (shown === current) find("cancel").hidden = true;
+  if (recording === current) find("cancel").hidden = true;
 }
 
 function reset(blob, name) {
@@ -44,22 +47,29 @@ function reset(blob, name) {
   wave.set(null, RATE, 0);
 }
 
-async function receive(blob, name, shown) {
+async function receive(blob, name, recording) {
   const form = new FormData();
   form.append("file", blob, name);
   say("Sending the recording ...");
-  const response = await fetch("transcribe", { method: "POST", body: form, signal: shown.abort.signal });
-  if (!response.ok) throw new Error((await response.json()).error.message);
+  const response = await fetch("transcribe", { method: "POST", body: form, signal: recording.abort.signal });
+  if (!response.ok) throw new Error(await errorOf(response));
   say("Transcribing ...");
   for await (const row of lines(response.body)) {
-    if (shown !== current) return;
-    if (row.type === "segment") addSegment(row, shown);
+    if (recording !== current) return;
+    if (row.type === "segment") addSegment(row, recording);
     else if (row.type === "error") throw new Error(row.error.message);
-    else finish(row, shown);
+    else finish(row, recording);
   }
-  if (!shown.done) throw new Error("The connection ended early; try again.");
+  if (!recording.done) throw new Error("The connection ended early; try again.");
 }
 
+// The message of a response with an error, which may be that of a proxy.
+async function errorOf(response) {
+  const row = await response.json().catch(() => null);
+  return row?.error?.message ?? `The server answered with status ${response.status}.`;
+}
+
+// The JSON objects of a response body, one per line.
 async function* lines(body) {
   const reader = body.getReader();
   const decoder = new TextDecoder();
@@ -73,13 +83,13 @@ async function* lines(body) {
   }
 }
 
-function finish(row, shown) {
-  shown.done = row;
+function finish(row, recording) {
+  recording.done = row;
   find("downloads").hidden = false;
   find("result").hidden = false;
-  const words = shown.segments.flatMap((segment) => segment.shownWords).length;
-  const left = row.segments_left_out ? `; ${row.segments_left_out} noisy segments left out` : "";
-  say(row.text ? `Done: ${words} words in ${clock(row.duration)}${left}.` : `No speech was found${left}.`);
+  const words = recording.segments.flatMap((segment) => segment.shownWords).length;
+  const left = row.segments_left_out ? `; ${plural(row.segments_left_out, "noisy segment")} left out` : "";
+  say(row.text ? `Done: ${plural(words, "word")} in ${clock(row.duration)}${left}.` : `No speech was found${left}.`);
 }
 
 function say(text) {
@@ -94,15 +104,15 @@ function fail(message) {
 
 // -------------------------------------------------------------------------------------------------------- A segment
 
-function addSegment(segment, shown) {
+function addSegment(segment, recording) {
   const whole = { word: segment.text, start: segment.start, end: segment.end, confidence: null };
   segment.shownWords = segment.words.length ? segment.words : segment.text ? [whole] : [];
-  shown.segments.push(segment);
+  recording.segments.push(segment);
   const item = document.createElement("li");
   const time = element("button", clock(segment.start), { className: "time", type: "button" });
   time.setAttribute("aria-label", `Play from ${clock(segment.start)} to ${clock(segment.end)}`);
   time.addEventListener("click", () => play(segment.start, segment.end));
-  item.append(time, ...segment.shownWords.map(wordButton), details(segment, shown));
+  item.append(time, ...segment.shownWords.map(wordButton), details(segment, recording));
   find("segments").append(item);
   find("result").hidden = false;
   wave.addWords(segment.shownWords);
@@ -127,20 +137,20 @@ function wordButton(word) {
   return button;
 }
 
-function details(segment, shown) {
+function details(segment, recording) {
   const box = element("details");
   const others = segment.alternatives ?? [];
-  box.append(element("summary", others.length ? `${others.length} other readings, attention` : "Attention"));
+  box.append(element("summary", others.length ? `${plural(others.length, "other text")} and the attention` : "Attention"));
   const list = element("ul");
   for (const other of others) list.append(comparison(segment.text, other));
   box.append(list);
   box.addEventListener("toggle", () => {
-    if (box.open && !box.querySelector("figure") && shown.samples) showAttention(box, segment, shown);
+    if (box.open && !box.querySelector("figure") && recording.samples) showAttention(box, segment, recording);
   });
   return box;
 }
 
-// A list item with another hypothesis; the words that the best one lacks are marked.
+// A list item with another hypothesis; words that the best hypothesis lacks are marked.
 function comparison(best, other) {
   const item = element("li");
   const kept = common(best.split(" "), other.text.split(" "));
@@ -149,7 +159,7 @@ function comparison(best, other) {
   return item;
 }
 
-// The indices in b of a longest common subsequence of a and b.
+// The indices in b of a longest common subsequence of the words a and b.
 function common(a, b) {
   const length = Array.from({ length: a.length + 1 }, () => new Array(b.length + 1).fill(0));
   for (let i = a.length - 1; i >= 0; i--)
@@ -165,31 +175,33 @@ function common(a, b) {
 
 // ---------------------------------------------------------------------------------------------------------- Attention
 
-async function showAttention(box, segment, shown) {
+async function showAttention(box, segment, recording) {
   const figure = element("figure");
   box.append(figure);
   figure.append("Computing the attention ...");
   const first = Math.max(0, Math.floor((segment.start - EDGE) * RATE));
   const form = new FormData();
-  form.append("file", toWav(shown.samples.subarray(first, Math.ceil((segment.end + EDGE) * RATE))), "segment.wav");
+  form.append("file", toWav(recording.samples.subarray(first, Math.ceil((segment.end + EDGE) * RATE))), "segment.wav");
   form.append("text", segment.text);
   try {
     const response = await fetch("attention", { method: "POST", body: form });
+    if (!response.ok) throw new Error(await errorOf(response));
     const row = await response.json();
-    if (!response.ok) throw new Error(row.error.message);
-    const caption = "Attention: each row is a character of the text, each column a moment of the segment; " +
-      "bright is where the model listened while it wrote the character.";
+    const caption = "Attention: each row is a character of the text, each column a moment of the segment. " +
+      "The model wrote the character mostly from the bright moments.";
     figure.replaceChildren(picture(row), element("figcaption", caption));
   } catch (error) {
     figure.replaceChildren(`The attention could not be computed: ${error.message}`);
   }
 }
 
+// A canvas with the attention weights, the characters on the left and seconds below.
 function picture(row) {
   const weights = Uint8Array.from(atob(row.weights), (c) => c.charCodeAt(0));
   const letters = [...row.text.replaceAll(" ", "\u2423"), "end"];
-  const [cell, left, bottom, wide] = [11, 26, 18, Math.max(2, Math.min(6, Math.floor(560 / row.frames)))];
-  const [width, height] = [left + wide * row.frames, cell * letters.length + bottom];
+  const [cellHeight, cellWidth] = [11, Math.max(2, Math.min(6, Math.floor(560 / row.frames)))];
+  const [left, bottom] = [26, 18];
+  const [width, height] = [left + cellWidth * row.frames, cellHeight * letters.length + bottom];
   const canvas = element("canvas");
   canvas.width = width * devicePixelRatio;
   canvas.height = height * devicePixelRatio;
@@ -202,19 +214,19 @@ function picture(row) {
   const ink = getComputedStyle(document.documentElement).getPropertyValue("--soft");
   letters.forEach((letter, u) => {
     pen.fillStyle = ink;
-    pen.fillText(letter, 2, cell * u + cell - 2);
+    pen.fillText(letter, 2, cellHeight * (u + 1) - 2);
     for (let t = 0; t < row.frames; t++) {
       pen.fillStyle = heat(weights[u * row.frames + t] / 255);
-      pen.fillRect(left + wide * t, cell * u, wide + 0.5, cell + 0.5);
+      pen.fillRect(left + cellWidth * t, cellHeight * u, cellWidth + 0.5, cellHeight + 0.5);
     }
   });
   pen.fillStyle = ink;
-  for (let s = 0; s * wide < row.frame_seconds * wide * row.frames; s++)
-    pen.fillText(`${s} s`, left + (s / row.frame_seconds) * wide, height - 5);
+  for (let s = 0; s < row.frame_seconds * row.frames; s++)
+    pen.fillText(`${s} s`, left + (s / row.frame_seconds) * cellWidth, height - 5);
   return canvas;
 }
 
-// The colour map magma of matplotlib, at five points.
+// Matplotlib's colour map magma, at five points; colours between them are interpolated.
 const MAGMA = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
 
 function heat(x) {
@@ -228,7 +240,9 @@ function heat(x) {
 function play(start, end) {
   stopAt = end;
   audio.currentTime = start;
-  audio.play().catch(() => fail("The browser cannot play this recording."));
+  audio.play().catch((error) => {
+    if (error.name !== "AbortError") fail("The browser cannot play this recording."); // AbortError: paused before it began
+  });
 }
 
 function playWord(word) {
@@ -248,7 +262,7 @@ audio.addEventListener("play", follow);
 audio.addEventListener("seeked", follow);
 audio.addEventListener("pause", () => (stopAt = Infinity));
 
-// Decode to one channel at RATE.
+// The samples of a recording: one channel at RATE.
 async function decode(blob) {
   const buffer = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(await blob.arrayBuffer());
   if (buffer.numberOfChannels === 1) return buffer.getChannelData(0);
@@ -258,6 +272,7 @@ async function decode(blob) {
   return mixed;
 }
 
+// A WAV file of 16 bits.
 function toWav(samples) {
   const view = new DataView(new ArrayBuffer(44 + 2 * samples.length));
   const text = (at, letters) => [...letters].forEach((c, i) => view.setUint8(at + i, c.charCodeAt(0)));
@@ -287,12 +302,15 @@ async function record() {
     return;
   }
   let stream;
+  find("record").disabled = true; // the browser may be asking for permission
   try {
     stream = await navigator.mediaDevices.getUserMedia({ audio: true });
   } catch (error) {
     fail(navigator.mediaDevices ? `The microphone cannot be used: ${error.message}.`
       : "Browsers allow the microphone only on localhost or over https.");
     return;
+  } finally {
+    find("record").disabled = false;
   }
   const parts = [];
   const began = performance.now();
@@ -311,9 +329,9 @@ async function record() {
   showRecording(true);
 }
 
-function showRecording(is) {
-  find("record").setAttribute("aria-pressed", is);
-  find("record").textContent = is ? "Stop recording" : "Record";
+function showRecording(isRecording) {
+  find("record").setAttribute("aria-pressed", isRecording);
+  find("record").textContent = isRecording ? "Stop recording" : "Record";
 }
 
 function download(suffix) {
@@ -369,16 +387,24 @@ find("downloads").addEventListener("click", (event) => event.target.dataset.suff
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"])
   document.addEventListener(kind, (event) => {
     event.preventDefault();
-    find("drop").classList.toggle("over", kind.startsWith("drage") || kind === "dragover");
+    find("drop").classList.toggle("over", ["dragenter", "dragover"].includes(kind));
     const file = kind === "drop" && event.dataTransfer.files[0];
     if (file) transcribe(file, file.name);
   });
 
-fetch("health").then((response) => response.json()).then(({ model }) => (find("model").textContent = `model ${model}`));
+fetch("health").then((response) => response.json()).then(({ model, pyav }) => {
+  find("model").textContent = `model ${model}`;
+  hasPyav = pyav;
+}, () => {}); // sending a recording will show the error
 
+// Minutes and seconds, as in 1:05.
 function clock(seconds) {
   const whole = Math.floor(seconds);
   return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
+}
+
+function plural(count, noun) {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
 function element(tag, text = "", fields = {}) {

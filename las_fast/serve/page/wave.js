@@ -1,22 +1,22 @@
-// The waveform: the samples, the words at their times, and where the audio is. Only the visible part is drawn.
+// The waveform, with the words below it and a line at the time of the audio. Only the visible part is drawn.
 
 const PIXELS_PER_SECOND = 180;
-const LABELS = 26; // pixels for the words below the waveform
+const LABEL_HEIGHT = 26; // pixels for the words below the waveform
 
 export class Wave {
-  // onWord(word) and onSeek(seconds) are called for clicks.
+  // A click calls onWord(word) on a word, and onSeek(seconds) between words.
   constructor(container, { onWord, onSeek }) {
     this.container = container;
     this.spacer = container.firstElementChild;
     this.canvas = container.querySelector("canvas");
-    Object.assign(this, { onWord, onSeek, words: [], samples: null, rate: 1, duration: 0, time: 0, asked: false });
+    Object.assign(this, { onWord, onSeek, words: [], samples: null, rate: 1, duration: 0, time: 0, isScheduled: false });
     container.addEventListener("scroll", () => this.draw());
     this.canvas.addEventListener("click", (event) => this.click(event));
     new ResizeObserver(() => this.layout()).observe(container);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
   }
 
-  // samples: Float32Array, or null if the browser cannot decode the recording.
+  // Show another recording. samples: Float32Array, or null if the browser cannot decode it; duration in seconds.
   set(samples, rate, duration) {
     Object.assign(this, { samples, rate, duration, words: [], time: 0 });
     this.container.scrollLeft = 0;
@@ -29,7 +29,7 @@ export class Wave {
     this.layout();
   }
 
-  // Move the line that shows where the audio is, and keep it in view.
+  // Move the line to the time of the audio; with follow, keep it in view.
   setTime(time, follow) {
     this.time = time;
     const x = time * this.scale;
@@ -38,6 +38,7 @@ export class Wave {
     this.draw();
   }
 
+  // Pixels per second.
   get scale() {
     return Math.max(PIXELS_PER_SECOND, this.container.clientWidth / (this.duration || 1));
   }
@@ -56,10 +57,10 @@ export class Wave {
   }
 
   draw() {
-    if (this.asked) return;
-    this.asked = true;
+    if (this.isScheduled) return;
+    this.isScheduled = true;
     requestAnimationFrame(() => {
-      this.asked = false;
+      this.isScheduled = false;
       this.paint();
     });
   }
@@ -75,7 +76,7 @@ export class Wave {
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
     const left = this.container.scrollLeft;
     this.paintWords(pen, colour, left, width, height);
-    this.paintSamples(pen, colour("wave"), left, width, height - LABELS);
+    this.paintSamples(pen, colour("wave"), left, width, height - LABEL_HEIGHT);
     pen.fillStyle = colour("accent");
     pen.fillRect(this.time * this.scale - left, 0, 2, height);
   }
@@ -87,12 +88,12 @@ export class Wave {
       if (to < 0 || from > width) continue;
       pen.globalAlpha = 0.12 + 0.48 * doubt(word);
       pen.fillStyle = colour(word.confidence === null ? "wave" : "doubt");
-      pen.fillRect(from + 0.5, 0, Math.max(1, to - from - 1), height - LABELS);
+      pen.fillRect(from + 0.5, 0, Math.max(1, to - from - 1), height - LABEL_HEIGHT);
       pen.globalAlpha = 1;
       pen.fillStyle = colour("ink");
       pen.save();
       pen.beginPath();
-      pen.rect(from, height - LABELS, Math.max(to - from, 8), LABELS);
+      pen.rect(from, height - LABEL_HEIGHT, Math.max(to - from, 8), LABEL_HEIGHT);
       pen.clip();
       pen.fillText(word.word, from + 1, height - 8);
       pen.restore();
@@ -110,18 +111,18 @@ export class Wave {
         low = Math.min(low, this.samples[i]);
         high = Math.max(high, this.samples[i]);
       }
-      const [top, bottom] = [shape(high), shape(-low)].map((y) => (y * height) / 2);
+      const [top, bottom] = [heightOf(high), heightOf(-low)].map((y) => (y * height) / 2);
       pen.fillRect(x, height / 2 - top, 1, Math.max(1, top + bottom));
     }
   }
 }
 
-// How much of the colour for low confidence a word gets, 0 to 1.
+// The share of the colour for low confidence in a word's colour, 0 to 1.
 export function doubt(word) {
   return word.confidence === null ? 0 : Math.min(1, Math.max(0, (1 - word.confidence) * 1.4));
 }
 
-// Quiet speech must be visible too.
-function shape(level) {
+// The height of a sample, 0 to 1; the square root makes quiet speech visible.
+function heightOf(level) {
   return Math.min(1, Math.sqrt(Math.max(0, level)));
 }
