@@ -1,20 +1,25 @@
 """python -m las_fast.serve: transcribe over HTTP, with OpenAI's API and a web page.
 
 Clients of OpenAI's /v1/audio/transcriptions work unchanged; las_fast/serve/README.md lists the addresses. Several
-recordings are decoded in one batch. Ctrl-C or SIGTERM finishes the running requests, then stops.
+recordings are decoded in one batch. Ctrl-C, SIGTERM or SIGHUP finishes the running requests, then stops; a second
+signal stops at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import math
+import os
+import signal
 import socket
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from las_fast.cli import run
-from las_fast.errors import InputError, show
+from las_fast.errors import InputError, print_error, show
 from las_fast.options import Parser
 from las_fast.output.transcripts import MIN_SPEECH_SCORE
 from las_fast.serve.limits import add_options, parse_limits
@@ -123,23 +128,32 @@ def open_model(options: argparse.Namespace) -> tuple[Recogniser, str]:
 
 
 def serve(service: Service, listener: socket.socket) -> None:
-    """Answer requests until a signal; then finish those that are running."""
+    """Answer requests until a signal; then finish those that are running, or exit at a second signal."""
     import uvicorn
 
-    host, port = listener.getsockname()[:2]
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit:
+                print_error("interrupted")
+                os._exit(128 + sig)  # sys.exit would wait for the thread of the model, or crash in it
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(service.application(), log_config=None, access_log=False, lifespan="on",
                             server_header=False, timeout_keep_alive=30)  # fmt: skip
-    server = uvicorn.Server(config)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # which uvicorn handles
+    announce(service.name, *listener.getsockname()[:2])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
+        Server(config).run(sockets=[listener])
+    print("stopped", flush=True)
+
+
+def announce(name: str, host: str, port: int) -> None:
+    """Print the address, and a warning if other machines can reach it."""
     if not ipaddress.ip_address(host).is_loopback:
         print("warning: every machine that reaches this one can use the service without a password, and browsers "
               "allow the microphone only on localhost or over https", file=sys.stderr)  # fmt: skip
-    print(f"{service.name} on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops", flush=True)
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:  # uvicorn raises the signal again after it has stopped
-        if server.force_exit:
-            raise
-    print("stopped", flush=True)
+    print(f"{name} on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Services with an untrained model on a free port, for tests."""
+"""Services on a free port and connections to them, for tests."""
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -29,6 +31,7 @@ class Running:
         return self.client.post(path, data=fields, files=files or {"none": ("", b"")})
 
     def error(self, **form) -> tuple[int, dict]:
+        """Send a form as `post` does; return the status and the error."""
         response = self.post(**form)
         return response.status_code, response.json()["error"]
 
@@ -37,7 +40,7 @@ class Running:
         """Keep the model busy inside the `with` block."""
         started, go_on = threading.Event(), threading.Event()
         self.batcher.call(lambda model: (started.set(), go_on.wait(20)))
-        started.wait(20)
+        assert started.wait(20)
         try:
             yield
         finally:
@@ -55,7 +58,8 @@ def running(model: Recogniser, limits: Limits | None = None, *, name: str = "tin
     thread.start()
     try:
         while not server.started:
-            thread.join(0.01)
+            assert thread.is_alive(), "the service did not start"
+            time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         one = Running(service, f"http://127.0.0.1:{port}")
         with one.client:
@@ -63,3 +67,13 @@ def running(model: Recogniser, limits: Limits | None = None, *, name: str = "tin
     finally:
         server.should_exit = True
         thread.join()
+
+
+def stalled_upload(port: int) -> socket.socket:
+    """Return a connection that has sent the beginning of a form, and sends no more."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(
+        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
+        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    )
+    return connection

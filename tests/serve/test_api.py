@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-import socket
 import threading
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from las_fast.serve import app
 from las_fast.serve import openai as api
 from las_fast.serve.limits import Limits
 from las_fast.text import Vocabulary
-from serve.services import running
+from serve.services import running, stalled_upload
 
 
 @pytest.fixture
@@ -234,18 +233,9 @@ def test_a_long_recording_is_refused(small, wav):
     assert error["message"] == "the file is longer than 2 seconds; send it in parts"
 
 
-def stalled_upload(service):
-    """A connection that sends the beginning of a form and no more."""
-    connection = socket.create_connection(("127.0.0.1", service.client.base_url.port))
-    connection.sendall(
-        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
-        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
-    )
-    return connection
-
-
 def test_more_requests_than_places_get_503(small, wav):
-    with stalled_upload(small), stalled_upload(small):
+    port = small.client.base_url.port
+    with stalled_upload(port), stalled_upload(port):
         wait_until(lambda: small.service.in_progress == 2)
         response = small.post(file=wav())
         assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_full")
@@ -256,7 +246,7 @@ def test_more_requests_than_places_get_503(small, wav):
 
 
 def test_a_slow_upload_gets_408(small):
-    with stalled_upload(small) as connection:
+    with stalled_upload(small.client.base_url.port) as connection:
         wait_until(lambda: small.service.in_progress == 1)
         connection.settimeout(20)
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
@@ -270,22 +260,23 @@ def test_a_request_that_the_model_cannot_do_in_time_gets_504(small, wav):
     assert small.post(file=wav()).status_code == 200
 
 
-def clients_gone(service):
+def count_disconnected(service):
+    """Return how many requests /metrics counts as disconnected."""
     count = re.search(
         r'requests_total{path="/v1/audio/transcriptions",status="499"} (.*)', service.client.get("/metrics").text
     )
     return float(count[1]) if count else 0.0
 
 
-def test_a_client_that_goes_frees_its_place_and_the_model(small, wav):
-    before, gone_before = small.batcher.statistics.segments, clients_gone(small)
+def test_a_client_that_disconnects_frees_its_place_and_the_model(small, wav):
+    before, disconnected_before = small.batcher.statistics.segments, count_disconnected(small)
     with small.blocked():
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{small.url}/v1/audio/transcriptions", files={"file": wav()}, timeout=0.2)
         wait_until(lambda: small.service.in_progress == 0)
     assert small.post(file=wav()).status_code == 200
     assert small.batcher.statistics.segments == before + 1  # that of the second request
-    assert clients_gone(small) == gone_before + 1
+    assert count_disconnected(small) == disconnected_before + 1
 
 
 def test_uploads_leave_no_file_behind(small, model, wav, tmp_path, monkeypatch):
@@ -303,7 +294,7 @@ def test_uploads_leave_no_file_behind(small, model, wav, tmp_path, monkeypatch):
         assert [path for path in open_files if str(path).startswith(str(tmp_path))] == []
 
 
-# ------------------------------------------------------------------------------------------------- Pages and numbers
+# --------------------------------------------------------------------------------------------------- Page and metrics
 
 
 def test_the_page_gets_each_segment_as_a_line(service, wav, model):
@@ -390,7 +381,8 @@ def test_the_page_may_load_nothing_from_elsewhere(service):
         assert text and "http://" not in text and "https://" not in text
 
 
-def test_a_recording_that_fails_stays_an_input_error():
+def test_bad_input_a_full_disk_and_full_memory_have_their_own_statuses():
     assert app._reported(InputError("x")).status == 400
-    assert app._reported(OSError(28, "No space left on device")).code == "storage"
+    disk = app._reported(OSError(28, "No space left on device"))
+    assert (disk.status, disk.code) == (500, "storage")
     assert app._reported(MemoryError()).status == 503

@@ -8,6 +8,7 @@ import time
 import warnings
 
 import pytest
+from recordings import encoded
 
 from las_fast.errors import InputError
 from las_fast.output.transcripts import Segment, Transcript
@@ -15,21 +16,27 @@ from las_fast.serve.batcher import Batcher, Job, TooLong
 
 
 class Client:
-    """A job, and the events it got."""
+    """A job and the events that it gets; `log` gets each event of several clients, with its client."""
 
-    def __init__(self, file: bytes):
+    def __init__(self, file: bytes, log: list | None = None):
         self.events: queue.SimpleQueue = queue.SimpleQueue()
-        self.job = Job(io.BytesIO(file), self.events.put)
+        self.log = [] if log is None else log
+        self.job = Job(io.BytesIO(file), self.put)
+
+    def put(self, event) -> None:
+        self.log.append((self, event))
+        self.events.put(event)
 
     def wait(self) -> tuple[list[Segment], Transcript | Exception]:
+        """Return the segments, and the last event."""
         segments = []
         while isinstance(event := self.events.get(timeout=20), Segment):
             segments.append(event)
         return segments, event
 
 
-def read(batcher):
-    """How many recordings are read to their end, and wait for the model."""
+def count_read(batcher):
+    """Return how many recordings are read to their end and wait for the model."""
     with batcher._ready.changed:
         return sum(isinstance(entry, tuple) and entry[1] is None for entry in batcher._ready.entries)
 
@@ -45,10 +52,11 @@ def together(model):
         patch(batcher)
         go_on = queue.SimpleQueue()
         batcher.call(lambda model: go_on.get(timeout=20))
-        clients = [Client(file) for file in files]
+        log = []
+        clients = [Client(file, log) for file in files]
         for client in clients:
             batcher.submit(client.job)
-        while "round_seconds" not in options and read(batcher) < len(files):
+        while "round_seconds" not in options and count_read(batcher) < len(files):
             time.sleep(0.01)
         go_on.put(None)
         return clients, batcher
@@ -59,6 +67,7 @@ def together(model):
 
 
 def alone(model, file):
+    """Return the transcript of a file that is not batched with others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model.transcribe(io.BytesIO(file))
@@ -95,18 +104,12 @@ def test_a_recording_that_cannot_be_decoded_fails_alone(together, model, wav):
     assert str(results[1]) == "a bug" and [results[0], results[2]] == [alone(model, wav()), alone(model, wav(1.0))]
 
 
-def test_a_long_recording_does_not_hold_up_a_short_one(together, wav):
-    ends = []
-    (long, short), _ = together(
-        wav(70), wav(), round_seconds=0,
-        patch=lambda batcher: None,
-    )  # fmt: skip
-    for client, name in ((long, "long"), (short, "short")):
-        put = client.job.on_event
-        client.job.on_event = lambda event, put=put, name=name: (ends.append((name, type(event))), put(event))
-    short.wait()
+def test_a_long_recording_does_not_delay_a_short_one(together, wav):
+    (long, short), _ = together(wav(70), wav(), round_seconds=0)
+    _, transcript = short.wait()
     long.wait()
-    assert ends.index(("short", Transcript)) < ends.index(("long", Transcript)) - 2
+    rest = long.log[long.log.index((short, transcript)) + 1 :]
+    assert len(rest) > 2 and all(client is long for client, _ in rest)
 
 
 def test_segments_are_those_of_the_transcript_in_order(together, model, wav):
@@ -121,8 +124,6 @@ def test_a_recording_that_is_too_long_fails(together, wav):
 
 
 def test_a_recording_without_speech_has_an_empty_text(together):
-    from recordings import encoded
-
     (client,), _ = together(encoded([0.0] * 16000, format="WAV"))
     assert client.wait()[1] == Transcript("", (), (), 1.0)
 
@@ -138,14 +139,14 @@ def test_a_cancelled_recording_is_dropped(together, wav):
     assert cancelled.events.empty() and batcher.statistics.segments == 1
 
 
-def test_closing_finishes_what_is_waiting(together, wav):
+def test_closing_finishes_the_waiting_recordings(together, wav):
     clients, batcher = together(wav(25), wav(), round_seconds=0)
     batcher.close()
     assert not batcher.is_alive
     assert all(isinstance(client.wait()[1], Transcript) for client in clients)
 
 
-def test_an_error_of_a_call_is_that_of_its_future(together):
+def test_the_error_of_a_called_function_is_in_its_future(together):
     _, batcher = together()
     with pytest.raises(ZeroDivisionError):
         batcher.call(lambda model: 1 // 0).result(20)

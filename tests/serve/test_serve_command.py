@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -16,6 +18,7 @@ from tiny_checkpoints import make_checkpoint
 
 from las_fast.errors import InputError
 from las_fast.serve import __main__ as serve
+from serve.services import stalled_upload
 
 
 @pytest.mark.parametrize(
@@ -67,32 +70,48 @@ def test_a_model_in_a_run_folder_has_the_name_of_the_folder(tmp_path, monkeypatc
         assert serve.open_model(options)[1] == "mine"
 
 
-def test_sigterm_finishes_the_running_request_then_exits_with_0(tmp_path, wav):
+@contextlib.contextmanager
+def started(tmp_path):
+    """Run the command with an untrained model; yield the process and its address."""
     checkpoint = make_checkpoint(tmp_path, 20, mel_bins=23)
-    argv = [
-        sys.executable,
-        "-m",
-        "las_fast",
-        "serve",
-        "--port",
-        "0",
-        "--checkpoint",
-        str(checkpoint),
-        "--device",
-        "cpu",
-    ]
-    with subprocess.Popen(argv, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
-        first = process.stdout.readline()
-        url = re.fullmatch(r"untrained-20 on (http://127\.0\.0\.1:\d+); Ctrl-C stops\n", first)[1]
+    argv = ["serve", "--port", "0", "--checkpoint", str(checkpoint), "--device", "cpu"]
+    command = [sys.executable, "-m", "las_fast", *argv]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) as process:
+        try:
+            first = process.stdout.readline()
+            yield process, re.fullmatch(r"untrained-20 on (http://127\.0\.0\.1:\d+); Ctrl-C stops\n", first)[1]
+        finally:
+            process.kill()
+
+
+def wait_for_a_request(url):
+    while not httpx.get(f"{url}/health").json()["in_progress"]:
+        time.sleep(0.01)
+
+
+def test_sigterm_finishes_the_running_request_then_exits_with_0(tmp_path, wav):
+    with started(tmp_path) as (process, url):
         answers = []
         file = {"file": wav(60)}
         request = threading.Thread(
             target=lambda: answers.append(httpx.post(f"{url}/v1/audio/transcriptions", files=file, timeout=60))
         )
         request.start()
-        while not httpx.get(f"{url}/health").json()["in_progress"]:
-            pass
+        wait_for_a_request(url)
         process.send_signal(signal.SIGTERM)
         request.join()
         assert answers[0].status_code == 200 and answers[0].json()["text"]
-        assert process.communicate()[0] == "stopped\n" and process.returncode == 0
+        assert process.communicate(timeout=20) == ("stopped\n", "") and process.returncode == 0
+
+
+def test_a_second_signal_stops_at_once_without_a_traceback(tmp_path):
+    with started(tmp_path) as (process, url):
+        with stalled_upload(httpx.URL(url).port):
+            wait_for_a_request(url)
+            process.send_signal(signal.SIGHUP)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            process.send_signal(signal.SIGTERM)
+            assert process.communicate(timeout=20) == ("", "interrupted\n")
+        assert process.returncode == 128 + signal.SIGTERM
