@@ -12,19 +12,22 @@ from las_fast.progress import track
 
 
 def hold_out(data: SpeechDataset, share: float, *, progress: bool = True) -> tuple[SpeechDataset, SpeechDataset]:
-    """Divide a training set at random, the same way each time, into training and dev sets.
+    """Divide a training set at random into a training and a dev set; the same data is always divided in the same way.
 
     All utterances of a recording stay together. Statistics for normalisation "global" become those of the training set.
 
     Args:
-        share: least share of the utterances in the dev set.
+        share: of the utterances, above 0 and below 1. The dev set gets at least as many, unless that is all recordings.
+
+    Returns:
+        train, dev: what was left out of `data` is reported in train.skipped.
 
     Raises:
-        InputError: the data is a single recording.
+        InputError: all utterances are from a single recording.
     """
-    is_held = np.zeros(len(data), bool)
-    is_held[_draw(_recordings(data), max(1, share * len(data)))] = True
-    train, dev = data.subset(np.flatnonzero(~is_held)), data.subset(np.flatnonzero(is_held))
+    in_dev = np.zeros(len(data), bool)
+    in_dev[_draw(_recordings(data), max(1, share * len(data)))] = True
+    train, dev = data.subset(np.flatnonzero(~in_dev)), data.subset(np.flatnonzero(in_dev))
     if not len(train) or not len(dev):
         raise InputError(
             f"data.dev_share is {share:g}, but all training data is from one recording, so nothing can be held out; "
@@ -38,7 +41,7 @@ def hold_out(data: SpeechDataset, share: float, *, progress: bool = True) -> tup
 
 
 def _recordings(data: SpeechDataset) -> list[list[int]]:
-    """Return the utterances of each recording."""
+    """Return the indices of the utterances of each recording."""
     recordings: dict[tuple, list[int]] = {}
     for i, path in enumerate(data.paths):
         recordings.setdefault(file_identity(path), []).append(i)
@@ -46,7 +49,7 @@ def _recordings(data: SpeechDataset) -> list[list[int]]:
 
 
 def _draw(groups: list[list[int]], count: float) -> list[int]:
-    """Draw groups at random until they have `count` members; one group is never drawn."""
+    """Draw groups at random until they have `count` members or one group is left; return the members."""
     drawn: list[int] = []
     for k in np.random.default_rng(0).permutation(len(groups))[:-1]:
         if len(drawn) >= count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from las_fast.data.containers import Source, Stream, foreign_format
 from las_fast.data.decoder import UNKNOWN_COUNT, SoundStream
 
 INSTALL = "pip install av"
-# FFmpeg's name of each format of magic.FOREIGN. It is given to FFmpeg, which would otherwise try all of its formats,
-# among them playlists, which name other files.
+# The demuxer of each format of magic.FOREIGN. Without a name FFmpeg would try all of its demuxers, among them those of
+# playlists, which open other files.
 DEMUXERS = {
     "MPEG-4 (m4a, mp4, mov)": "mov",
     "Matroska (webm, mkv)": "matroska",
@@ -32,6 +33,7 @@ DEMUXERS = {
     "MPEG video": "mpeg",
     "an MPEG transport stream": "mpegts",
 }
+RAW = frozenset(("aac", "ac3", "amr"))  # demuxers of files without a header; FFmpeg guesses their duration
 
 
 def has_pyav() -> bool:
@@ -39,7 +41,7 @@ def has_pyav() -> bool:
 
 
 def open_sound(source: Source, stream: Stream) -> SoundStream | MediaStream:
-    """Open a stream with libsndfile, or with PyAV if only PyAV knows the format; raises one of READ_ERRORS."""
+    """Open a stream with libsndfile, or with PyAV if only PyAV knows the format; raise one of READ_ERRORS."""
     demuxer = DEMUXERS.get(foreign_format(source))
     if demuxer and has_pyav():
         return MediaStream(source, demuxer)
@@ -47,7 +49,12 @@ def open_sound(source: Source, stream: Stream) -> SoundStream | MediaStream:
 
 
 class MediaStream:
-    """The first audio track of a file, with the interface of soundfile.SoundFile as far as Decoder needs it.
+    """The first audio track of a file, with the part of soundfile.SoundFile's interface that Decoder needs.
+
+    Attributes:
+        samplerate: in Hz.
+        channels:   number of channels.
+        frames:     samples per channel that the file states; more than UNKNOWN_COUNT if it states none.
 
     Raises:
         RuntimeError: the file has no audio track, or FFmpeg cannot decode it.
@@ -62,55 +69,87 @@ class MediaStream:
         self.frames = int(2 * UNKNOWN_COUNT) if seconds is None else round(seconds * self.samplerate)
 
     def _seconds(self) -> float | None:
-        """Return the duration that the file states for the track, or for its only track."""
+        """Return the duration that the file states for the track, or for the whole if there is no other; or None."""
+        if self._demuxer in RAW:
+            return None
         if self._track.duration is not None:
             return float(self._track.duration * (self._track.time_base or 0))
         alone = len(self._container.streams) == 1 and self._container.duration is not None
         return self._container.duration / 1e6 if alone else None  # microseconds
 
     def _open(self) -> None:
+        """Open the file at its start; raise RuntimeError as the constructor does."""
         import av
 
-        file = os.fdopen(os.dup(self._source.descriptor), "rb")
-        file.seek(0)
-        try:
-            self._container: Any = av.open(file, format=self._demuxer)
-            if not self._container.streams.audio:
-                raise RuntimeError("it has no audio track")
-            self._track = self._container.streams.audio[0]
-            context = self._track.codec_context
-            self.samplerate, self.channels = context.sample_rate, context.layout.nb_channels
-            if not self.samplerate:
-                raise RuntimeError("no frame can be decoded")
-            resampler = av.AudioResampler(format="flt", layout=context.layout, rate=self.samplerate)
-        except av.FFmpegError as error:
-            file.close()
-            raise RuntimeError(error.strerror) from None
-        except BaseException:
-            file.close()
-            raise
-        self._file, self._blocks = file, self._decode(resampler)
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(os.fdopen(os.dup(self._source.descriptor), "rb"))
+            file.seek(0)
+            try:
+                self._container: Any = stack.enter_context(av.open(file, format=self._demuxer))
+                self._find_track()
+            except av.FFmpegError as error:
+                raise RuntimeError(error.strerror) from None
+            self._opened = stack.pop_all()
+        self._blocks = self._decode()
         self._pending = np.zeros((0, self.channels), np.float32)
         self._position = 0
 
-    def _decode(self, resampler: Any) -> Iterator[np.ndarray | RuntimeError]:
+    def _find_track(self) -> None:
+        if not self._container.streams.audio:
+            raise RuntimeError("it has no audio track")
+        self._track = self._container.streams.audio[0]
+        context = self._track.codec_context
+        self.samplerate, self.channels = context.sample_rate, context.layout.nb_channels
+        if not self.samplerate:
+            raise RuntimeError("no frame can be decoded")
+        self._layout = context.layout
+
+    def _decode(self) -> Iterator[np.ndarray | RuntimeError]:
         """Yield the blocks (n, channels) of the track; an error instead of the block of a damaged packet."""
         import av
 
-        for packet in self._container.demux(self._track):
+        resampler, template = None, None
+        for frame in self._frames():
+            if isinstance(frame, RuntimeError):
+                yield frame
+                continue
+            form = (frame.format.name, frame.layout.name, frame.sample_rate)
+            if form != template:  # it may change within a track, but a resampler takes only one
+                yield from self._convert(resampler, None)
+                resampler = av.AudioResampler(format="flt", layout=self._layout, rate=self.samplerate)
+                template = form
+            yield from self._convert(resampler, frame)
+        yield from self._convert(resampler, None)
+
+    def _frames(self) -> Iterator[Any]:
+        """Yield the frames of the track; a RuntimeError instead of those of a damaged packet."""
+        import av
+
+        packets = self._container.demux(self._track)
+        while True:
             try:
-                for frame in packet.decode():
-                    for part in resampler.resample(frame):
-                        yield part.to_ndarray().reshape(-1, self.channels)
+                packet = next(packets, None)
+                if packet is None:
+                    return
+                yield from packet.decode()
             except av.FFmpegError as error:
                 yield RuntimeError(error.strerror)
-        for part in resampler.resample(None):
-            yield part.to_ndarray().reshape(-1, self.channels)
+
+    def _convert(self, resampler: Any, frame: Any) -> Iterator[np.ndarray | RuntimeError]:
+        """Yield a frame as blocks (n, channels) float32, or the rest if it is None; an error if that fails."""
+        import av
+
+        try:
+            for part in resampler.resample(frame) if resampler else ():
+                yield part.to_ndarray().reshape(-1, self.channels)
+        except av.FFmpegError as error:
+            yield RuntimeError(error.strerror)
 
     def read(self, frames: int = -1, *, out: np.ndarray | None = None) -> np.ndarray:
         """Fill `out` (n, channels), or a new array of n = frames, and return the part before the end of the track.
 
-        Raises RuntimeError if a packet is damaged; `out` has the samples before it, and the next call goes on after it.
+        Raises:
+            RuntimeError: a packet is damaged. `out` has the samples before it; the next call continues after it.
         """
         out = np.empty((frames, self.channels), np.float32) if out is None else out
         filled = 0
@@ -141,8 +180,7 @@ class MediaStream:
         return self._position
 
     def close(self) -> None:
-        self._container.close()
-        self._file.close()
+        self._opened.close()
 
     def __enter__(self) -> MediaStream:
         return self

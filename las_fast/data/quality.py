@@ -1,4 +1,4 @@
-"""Warnings about signals that are hard to recognise: low bandwidth, low level, clipping."""
+"""Warnings about recordings that are hard to recognise: low bandwidth, low level, clipping."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ NARROW_AT_FLOOR = 6.3e-5  # the same threshold if the upper band has only the no
 
 
 class SignalQuality:
-    """Measures a recording block by block.
+    """The quality of a recording, measured block by block.
 
-    add takes the mixed and resampled blocks, count_clipped the decoded ones. lowest_rate (Hz) is set by the caller.
+    `add` takes the mixed and resampled blocks, `count_clipped` the decoded ones. The caller sets lowest_rate: the
+    lowest sample rate of the streams, in Hz.
     """
 
     def __init__(self, sample_rate: int):
@@ -22,9 +23,8 @@ class SignalQuality:
         self.lowest_rate = sample_rate
         self.peak = 0.0
         self.samples = self.clipped = 0
-        self.low = self.high = self.floor = (
-            0.0  # energies: of the speech band, of the upper band, of 16-bit rounding in the upper band
-        )
+        self.low = self.high = 0.0  # energy of the speech band and of the upper band
+        self.floor = 0.0  # energy of 16-bit rounding in the upper band
         hertz = np.fft.rfftfreq(WINDOW, 1 / sample_rate)
         self.speech_bins, self.upper_bins = (hertz > 300) & (hertz < 3400), (hertz > 4400) & (hertz < 7600)
         self.taper = np.hanning(WINDOW).astype(np.float32)
@@ -32,7 +32,7 @@ class SignalQuality:
         self.rounding = 3 * self.upper_bins.sum() * float(np.square(self.taper).sum()) / 12 / 32768**2
 
     def add(self, block: np.ndarray) -> None:
-        """Measure a block (n,) at sample_rate."""
+        """Measure a block (n,), n >= 1, at sample_rate."""
         self.peak = max(self.peak, float(np.abs(block).max()))
         windows = block[: len(block) // WINDOW * WINDOW].reshape(-1, WINDOW)
         if self.sample_rate < 15_000 or not len(windows):
@@ -43,13 +43,13 @@ class SignalQuality:
         self.floor += len(windows) * self.rounding
 
     def count_clipped(self, block: np.ndarray) -> None:
-        """Count the clipped samples of a block (n, channels) in its first channel."""
+        """Count the clipped samples in the first channel of a block (n, channels), n >= 1."""
         first, second, height = block[:-1, 0], block[1:, 0], np.abs(block[:, 0])
         self.samples += len(block)
         self.clipped += int(((first == second) & (height[1:] > max(0.5, 0.97 * height.max()))).sum())
 
     def warnings(self) -> list[str]:
-        """Return one clause per problem, such as "is very quiet: ..."; the caller puts the name in front."""
+        """Return one clause per problem, such as "is very quiet: ..."; the caller puts the name before it."""
         warnings = []
         if self.lowest_rate < self.sample_rate:
             warnings.append(

@@ -11,16 +11,18 @@ from las_fast.data.folders import list_folder
 from las_fast.data.librispeech import audio_suffixes
 from las_fast.errors import InputError, show
 
-VIDEO_SUFFIXES = frozenset(  # of containers that need PyAV
-    (".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".3gp", ".aac", ".webm", ".mkv", ".mka", ".wma", ".wmv", ".avi", ".amr")
-)
+MEDIA_SUFFIXES = frozenset((  # of files that need PyAV
+    ".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".3gp", ".aac", ".ac3", ".webm", ".mkv", ".mka", ".wma", ".wmv", ".avi",
+    ".amr", ".flv", ".wv", ".ape", ".tta", ".mpg", ".mpeg",
+))  # fmt: skip
 
 
 def find_recordings(paths: list[Path]) -> list[Path]:
-    """Return the distinct recordings that paths name, in order.
+    """Return the recordings that paths name, in order, each once.
 
-    "-" and files stand for themselves. A folder stands for the recordings in it and its subfolders, by their suffixes,
-    without hidden files. A path that does not exist and has one of * ? [ is a pattern; ** matches subfolders.
+    "-" and files stand for themselves. A folder stands for the files in it and its subfolders that have the suffix of a
+    recording and are not hidden. A path that does not exist and has one of * ? [ is a pattern for such files; **
+    matches subfolders.
 
     Raises:
         InputError: a folder or a pattern has no recordings, or a folder cannot be listed.
@@ -44,15 +46,15 @@ def _required(recordings: list[Path], problem: str) -> list[Path]:
     return recordings
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """Yield the recordings in a folder; `seen` are the folders above it, so that links do not lead in circles."""
+def _walk(folder: Path, above: set[tuple[int, int]]) -> Iterator[Path]:
+    """Yield the recordings below a folder; `above` has the folders above it, so that no link leads in a circle."""
     status = os.stat(folder)
     key = status.st_dev, status.st_ino
-    if key in seen:
+    if key in above:
         return
     for path in list_folder(folder):
         if path.is_dir():
-            yield from _walk(path, seen | {key})
+            yield from _walk(path, above | {key})
         elif is_recording(path):
             yield path
 
@@ -60,4 +62,4 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
 def is_recording(path: Path) -> bool:
     """Return whether a path has the suffix of a recording, and is not a folder."""
     suffix = path.suffix.lower()
-    return (suffix in audio_suffixes() or suffix in VIDEO_SUFFIXES) and not path.is_dir()
+    return (suffix in audio_suffixes() or suffix in MEDIA_SUFFIXES) and not path.is_dir()

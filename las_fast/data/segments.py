@@ -1,8 +1,8 @@
 """Cut a recording into segments of speech, block by block, in bounded memory.
 
 Models are trained on single utterances. Therefore a recording is cut at its quietest points into chunks of at most 20
-seconds. Each chunk is cut at pauses of a second or more into segments, with half a second of silence around them, and
-each segment is normalised separately. A short recording without such pauses has the same frames as in training.
+seconds, and each chunk is cut at pauses of a second or more into segments, with half a second of silence around them.
+Each segment is normalised separately. A short recording without such pauses has the same frames as in training.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from las_fast.data.silence import (
 
 MAX_CHUNK = 20.0  # seconds
 QUIET_SPAN = 0.2  # seconds over which energy is summed to find the quietest point
-MIN_SPEECH = 0.1  # seconds of speech in a segment
+MIN_SPEECH = 0.1  # seconds of speech; segments with less are dropped
 EDGE = 0.1  # seconds that the times of a segment include before and after its speech
 
 
 @dataclass(frozen=True)
 class Speech:
-    """A segment of speech: start and end in seconds, and the model's input features (T, input_size)."""
+    """A segment of speech in a recording; times in seconds."""
 
     start: float
     end: float
-    features: Tensor
-    offset: float = 0.0  # seconds at which the first of the features starts, with the silence before the speech
+    features: Tensor  # (T, input_size), normalised and with deltas: the input of the model
+    offset: float = 0.0  # time of the first feature frame, which may be in the silence before the speech
 
 
 def segments(
     blocks: Iterable[np.ndarray], config: FeatureConfig, statistics: Statistics | None = None
 ) -> Iterator[Speech]:
-    """Yield the segments of a recording, from blocks (n,) float32 at config.sample_rate.
-
-    Segments do not depend on the block sizes. A recording without speech yields nothing.
+    """Yield the segments of a recording; nothing if it has no speech.
 
     Args:
+        blocks:     (n,) float32 samples at config.sample_rate each; the segments do not depend on the block sizes.
+        config:     features of the model.
         statistics: of the training data, for normalisation "global".
     """
     for first, chunk in chunks(log_mel(blocks, logmel_config(config)), config):
@@ -66,7 +66,10 @@ def segments(
 
 
 def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Tensor]:
-    """Compute the frames of a recording in blocks as compute_features does; yield (T, bins) float32 every MAX_CHUNK."""
+    """Yield feature frames (T, bins) float32, those of about MAX_CHUNK seconds at a time.
+
+    Joined, they are what compute_features returns for the joined blocks.
+    """
     window, shift = frame_sizes(config)
     enough = window + round(MAX_CHUNK * config.sample_rate)
     pending: list[np.ndarray] = []
@@ -85,9 +88,9 @@ def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Ten
 
 
 def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[int, Tensor]]:
-    """Cut all frames into consecutive chunks of at most MAX_CHUNK seconds; yield (first frame, frames) of each.
+    """Cut the frames of a recording into chunks of at most MAX_CHUNK seconds; yield (first frame, frames) of each.
 
-    Each cut is at the quietest point of the second half of MAX_CHUNK.
+    Each cut is at the quietest point of the second half of the chunk.
     """
     longest, span = frames_in(MAX_CHUNK, config), frames_in(QUIET_SPAN, config)
     pending, first = torch.empty(0), 0
@@ -112,7 +115,7 @@ def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureC
 
 
 def _parts(chunk: Tensor, config: FeatureConfig) -> Iterator[tuple[tuple[int, int], int, Tensor]]:
-    """Yield ((start, end) of the speech, first frame, frames to recognise) for each segment of a chunk."""
+    """Yield ((start, end) of the speech, first frame, frames with the silence around it) of each segment of a chunk."""
     energy = band_energy(chunk, config)
     speech = find_speech(energy, config)
     if not speech.any():

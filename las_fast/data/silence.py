@@ -2,8 +2,8 @@
 
 Silence harms recognition through normalisation: four seconds of digital zeros around an utterance dominate its mean and
 standard deviation, and the CER of the released English model rises from 23 to 63%. If a recording has much silence, or
-silence far quieter than any room, the frames far from speech are dropped before normalisation, and the silence that is
-kept is raised to the level of the quietest speech. Ordinary silence stays: models are trained with it.
+silence far quieter than any room, the frames far from speech are dropped before normalisation, and the kept silence is
+raised to the level of the quietest speech. Ordinary silence stays, because models are trained with it.
 
 The energy of a frame is that of its filters between 150 and 4000 Hz, where voices are loudest and white noise is not.
 The noise floor is a low percentile of the three seconds before and after. The speech level is the 95th percentile of
@@ -25,7 +25,7 @@ from las_fast.data.features import filter_centres, frame_sizes
 BAND = (150.0, 4000.0)  # Hz
 SMOOTH = 0.05  # seconds over which energies are averaged
 QUIET_QUANTILE, FLOOR_QUANTILE = 0.2, 0.4  # of the energies in a block; of the blocks around it
-BLOCK, FLOOR_CONTEXT = 0.25, 3.0  # seconds of a block; seconds before and after it that determine its floor
+BLOCK, FLOOR_CONTEXT = 0.25, 3.0  # seconds of a block; seconds before and after it that count for its floor
 LEVEL_QUANTILE = 0.95  # of the energies above the floor: the speech level
 RISE, DEPTH = 4.0, 50.0  # dB: speech is at least RISE above the floor and at most DEPTH below the speech level
 MIN_SPEECH = 0.05  # seconds of frames above the floor; with less there is no speech
@@ -69,12 +69,12 @@ def band_energy(logmel: Tensor, config: FeatureConfig) -> Tensor:
 
 
 def near_speech(speech: Tensor, config: FeatureConfig, seconds: float = MARGIN) -> Tensor:
-    """Return a mask of the frames that are speech or at most `seconds` from it, (T,) bool."""
+    """Return a mask, (T,) bool, of the frames at most `seconds` from speech, given the mask of speech (T,)."""
     return _pool(F.max_pool1d, speech.float(), frames_in(seconds, config)) > 0
 
 
 def level_silence(logmel: Tensor, speech: Tensor) -> Tensor:
-    """Raise log-mel frames (T, bins) to at least each filter's minimum within speech, so that silence has one level."""
+    """Raise each filter of log-mel frames (T, bins) to at least its minimum within speech, so silence has one level."""
     return torch.maximum(logmel, logmel[speech].amin(0)) if speech.any() else logmel
 
 
@@ -85,12 +85,11 @@ def true_runs(mask: Tensor) -> list[tuple[int, int]]:
 
 
 def trim_silence(logmel: Tensor, config: FeatureConfig) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Drop the frames far from speech.
-
-    All frames (T, bins) are returned unchanged if their silence is usual or if there is no speech.
+    """Drop the log-mel frames far from speech; if the silence is usual or there is no speech, return them unchanged.
 
     Returns:
-        The frames (T', bins) that are kept, and the (start, end) of their runs in logmel.
+        frames: (N, bins) those of logmel (T, bins) that are kept.
+        runs:   (start, end) of each run of them in logmel.
     """
     energy = band_energy(logmel, config)
     speech = find_speech(energy, config)
@@ -101,7 +100,7 @@ def trim_silence(logmel: Tensor, config: FeatureConfig) -> tuple[Tensor, list[tu
 
 
 def has_usual_silence(energy: Tensor, speech: Tensor, kept: Tensor, config: FeatureConfig) -> bool:
-    """Return whether the silence is like that in training data: not much, and no digital zeros.
+    """Return whether the silence is like that of training data: not much, and no digital zeros.
 
     Args:
         energy: (T,) band_energy in dB.

@@ -44,20 +44,20 @@ def test_utterances_of_a_recording_stay_together(tmp_path):
     assert len(dev) and count_shared_recordings(train, dev) == 0
 
 
-def test_one_recording_cannot_be_divided(tmp_path):
+def test_a_single_recording_cannot_be_divided(tmp_path):
     root = make_kaldi(tmp_path, recordings=1)
     with pytest.raises(InputError, match="data.dev_share is 0.2, but all training data is from one recording"):
         hold_out(load(root, size=13, kind="mfcc"), 0.2)
 
 
-def test_statistics_are_those_of_the_part_that_is_trained_on(archive):
+def test_statistics_are_those_of_the_training_part(archive):
     train, dev = hold_out(load(archive, normalisation="global"), 0.5, progress=False)
     frames = torch.cat([train.raw(i) for i in range(len(train))]).double()
     torch.testing.assert_close(train.statistics.mean.double(), frames.mean(0), rtol=1e-5, atol=1e-5)
     assert dev.statistics is train.statistics
 
 
-def test_what_was_left_out_is_reported_once(archive):
+def test_skipped_files_are_reported_once(archive):
     data = load(archive)
     data.skipped = [("a", "b")]
     train, dev = hold_out(data, 0.2)

@@ -1,4 +1,4 @@
-"""m4a, mp4 and webm, which PyAV reads."""
+"""PyAV reads the audio of m4a, mp4, webm and other files that libsndfile does not read."""
 
 import sys
 
@@ -41,7 +41,7 @@ def encode(path, samples, codec, channels=1, video=False):
 
 
 def strength(samples, hertz, rate=16000):
-    """Share of the energy at a frequency, as the squared correlation with its sine and cosine."""
+    """Return the share of the energy at a frequency: the squared correlation with its sine and cosine."""
     angle = 2 * np.pi * hertz * np.arange(len(samples)) / rate
     pair = np.stack([np.sin(angle), np.cos(angle)]) @ samples
     return 2 * float((pair**2).sum()) / len(samples) / float((samples**2).sum())
@@ -67,6 +67,25 @@ def test_a_part_has_the_samples_of_the_whole(tmp_path):
     part = load_audio(path, 48000, start=1.2, seconds=0.5)
     assert len(part) == 24000 and strength(part, 880, 48000) > 0.99
     np.testing.assert_array_equal(part, load_audio(path, 48000)[57600 : 57600 + 24000])
+
+
+def test_the_guessed_duration_of_a_raw_stream_is_not_expected(tmp_path):
+    quiet_first = np.concatenate([np.zeros(6 * RATE, np.float32), 0.2 * np.random.default_rng(0).normal(size=2 * RATE)])
+    path = encode(tmp_path / "a.aac", quiet_first.astype(np.float32), "aac")
+    assert len(load_audio(path, 16000, strict=True)) / 16000 == pytest.approx(8, abs=0.1)
+
+
+def test_channels_may_change_within_a_file(tmp_path):
+    mono = encode(tmp_path / "mono.aac", tone(440), "aac")
+    stereo = encode(tmp_path / "stereo.aac", tone(880), "aac", channels=2)
+    (tmp_path / "joined.aac").write_bytes(mono.read_bytes() + stereo.read_bytes() + mono.read_bytes())
+    with open_recording(tmp_path / "joined.aac", 16000) as recording:
+        samples = np.concatenate(list(recording))
+    assert len(samples) / 16000 == pytest.approx(3 * SECONDS, abs=0.3)
+    assert not any("cut off" in warning for warning in recording.warnings)
+    for part, hertz in enumerate((440, 880, 440)):
+        middle = round((part + 0.5) * len(samples) / 3)
+        assert strength(samples[middle - 8000 : middle + 8000], hertz) > 0.99
 
 
 def test_a_file_cut_off_in_the_middle_gives_its_first_part_and_a_warning(tmp_path):

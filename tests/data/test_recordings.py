@@ -1,4 +1,4 @@
-"""What files, folders and patterns on the command line stand for."""
+"""Files, folders and patterns on the command line stand for recordings."""
 
 import os
 from pathlib import Path
