@@ -1,11 +1,11 @@
-"""The build backend of pip: that of setuptools, and the C++ extension must be built, or `-C extension=skip` be given.
+"""Build backend for pip: that of setuptools, except that the C++ extension is required.
 
-pip builds in an isolated environment and hides the output of a build that succeeds. So what prevents the extension from
-being built is an error here, unlike for `python setup.py build_ext`.
+If it cannot be built, the build fails, unless `-C extension=skip` is given. `python setup.py build_ext` only prints a
+line in that case, but pip hides the output of a build that succeeds.
 
-The extension only works with the minor version of torch that it is compiled with, because torch's C++ interface is not
-stable. It is compiled with the torch of the environment that pip installs into. Only if there is none, torch is a build
-requirement, and pip compiles with the newest.
+The extension works only with the minor version of torch that it is compiled with, because torch's C++ interface is not
+stable. So it is compiled with the torch of the environment that pip installs into. If that has no torch, torch is a
+build requirement, and pip downloads and compiles with the newest version.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from setuptools.build_meta import build_sdist, get_requires_for_build_sdist  # n
 ROOT = Path(__file__).resolve().parent
 CHOICES = ("require", "skip")
 
-extension = ""  # one of CHOICES if pip runs the build; setup.py reads it
+extension = ""  # one of CHOICES while pip runs the build, which setup.py reads; "" otherwise
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """Check what can be checked before pip downloads anything; require torch if the environment has none."""
+    """Return the build requirements, with torch if the environment lacks it; exit if the compiler is missing."""
     _configure(config_settings)
     required = build_meta.get_requires_for_build_wheel(config_settings)
     if extension == "skip":
@@ -63,7 +63,7 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
 
 
 def _configure(config_settings) -> None:
-    """Read `-C extension=require|skip` of pip."""
+    """Set `extension` from pip's option `-C extension=require|skip`."""
     global extension
     extension = (config_settings or {}).get("extension", CHOICES[0])
     if extension not in CHOICES:
@@ -71,7 +71,7 @@ def _configure(config_settings) -> None:
 
 
 def unbuilt(reason: str, remedy: str) -> str:
-    """Return the error of a build under pip."""
+    """Return the message of a build that fails under pip."""
     return (
         f"las_fast: {reason}, so the C++ extension cannot be built. To build it, {remedy} and run pip again; to "
         "install without it, on slower paths, add: -C extension=skip"
@@ -84,9 +84,9 @@ def dependencies() -> list[str]:
 
 
 def runtime_dependencies(torch_version: str | None) -> list[str]:
-    """Return the dependencies of a build; with an extension compiled with `torch_version`, only its minor version."""
+    """Return the dependencies of a build; torch is pinned to the minor version of `torch_version` unless it is None."""
     if torch_version is None:
-        return dependencies()
+        return dependencies()  # there is no extension
     pin = f"torch=={'.'.join(torch_version.split('.')[:2])}.*"
     return [pin if _is_torch(line) else line for line in dependencies()]
 
@@ -98,7 +98,7 @@ def _is_torch(line: str) -> bool:
 def find_torch() -> bool:
     """Make the torch of the environment that pip installs into importable; return whether there is one.
 
-    In pip's isolated environment, the interpreter and its paths are those of the target.
+    pip builds in an isolated environment, in which sysconfig still has the paths of the environment outside.
     """
     if importlib.util.find_spec("torch"):
         return True

@@ -1,8 +1,8 @@
 """Build the package and its C++ extension las_fast._C; `python setup.py build_ext` writes it to las_fast/.
 
-The extension is optional. Without a C++ compiler, Python's headers, or torch, `python setup.py build_ext` prints one
-line and skips it, and the package runs on its slower reference paths; pip stops with that line, see build_backend.py.
-With all of them, a failed build is an error.
+The extension is optional. If the C++ compiler, Python's headers or torch is missing, `python setup.py build_ext` prints
+one line and skips it, and the package runs on its slower reference paths. Under pip that is an error; see
+build_backend.py. If nothing is missing, a failed build is always an error.
 """
 
 import shutil
@@ -27,7 +27,7 @@ PACKAGING = {"bdist_wheel", "install", "develop", "editable_wheel", "dist_info"}
 
 
 def skip(reason: str, remedy: str) -> dict:
-    """Return no extension; under pip exit with an error, otherwise print why."""
+    """Print why there is no extension and return the arguments of setup() without it; under pip, exit with an error."""
     if build_backend.extension:
         raise SystemExit(build_backend.unbuilt(reason, remedy))
     print(
@@ -39,8 +39,8 @@ def skip(reason: str, remedy: str) -> dict:
 
 def extension() -> dict:
     """Return the arguments of setup() that depend on the extension."""
-    wanted = {"build_ext", *PACKAGING} & set(sys.argv) and build_backend.extension != "skip"
-    if not wanted:
+    is_needed = {"build_ext", *PACKAGING} & set(sys.argv) and build_backend.extension != "skip"
+    if not is_needed:
         return {"install_requires": build_backend.runtime_dependencies(None)}
     if missing := missing_for_build():
         return skip(*missing)
@@ -58,7 +58,7 @@ def extension() -> dict:
         extra_link_args=["-fopenmp"],
         py_limited_api=True,
     )
-    # A folder per version of torch: setuptools takes an extension that is newer than its sources as up to date.
+    # One folder per version of torch: setuptools does not rebuild an extension that is newer than its sources.
     base = Path("build", f"torch-{torch.__version__}")
     if "bdist_wheel" in sys.argv:
         shutil.rmtree(base / "lib", ignore_errors=True)  # it may hold modules that las_fast no longer has

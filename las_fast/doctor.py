@@ -1,6 +1,6 @@
 """python -m las_fast.doctor: check the installation and the machine, and say what would make them better.
 
-It works without torch and without the C++ extension. The exit status is 0 whatever it finds.
+It works without torch and without the C++ extension. The exit status is 0 even if something could be better.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from las_fast.errors import show
 from las_fast.system import compiler, cores, missing_for_build
 
 PACKAGE = Path(__file__).resolve().parent
-MIN_FREE = 2**30  # bytes of disk or memory below which there is advice
+MIN_FREE = 2**30  # bytes of disk or memory; with less there is advice
 NVIDIA_DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl")  # one of them exists if a driver is loaded
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # all of them are needed for vectors of 16 numbers
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # the extension needs all for vectors of 16 numbers
 BACKEND_NAMES = {"cpp": "C++", "triton": "Triton", "fused": "fused PyTorch", "reference": "reference"}
 INSTALL_TORCH = (
     "pip install torch; on a machine without a GPU, the much smaller CPU build: "
@@ -38,12 +38,12 @@ INSTALL_TORCH = (
 class Finding(NamedTuple):
     """The result of a check."""
 
-    state: str  # what is there
-    advice: str = ""  # what would make it better; "" if nothing would
+    state: str  # one line
+    advice: str = ""  # what the user should do; "" if nothing
 
 
-def findings() -> dict[str, Finding]:
-    """Run all checks; return {area: its finding}. A check that fails reports why instead of raising."""
+def run_checks() -> dict[str, Finding]:
+    """Run all checks; return {area: its finding}. The finding of a check that raises is the error."""
     return {area: _attempt(check) for area, check in CHECKS.items()}
 
 
@@ -60,15 +60,17 @@ def _first_line(error: BaseException) -> str:
     return show(str(error).strip().partition("\n")[0])
 
 
-def table(found: dict[str, Finding]) -> str:
+def table(findings: dict[str, Finding]) -> str:
     """Return one line per area, each followed by its advice, and a summary."""
     lines = []
-    for area, (state, advice) in found.items():
+    for area, (state, advice) in findings.items():
         lines.append(f"{area:<14}{state}")
         if advice:
             lines.append(f"{'':<14}-> {advice}")
-    count = sum(bool(advice) for _, advice in found.values())
-    return "\n".join([*lines, "", f"{count} of {len(found)} could be better" if count else "nothing could be better"])
+    count = sum(bool(advice) for _, advice in findings.values())
+    return "\n".join(
+        [*lines, "", f"{count} of {len(findings)} could be better" if count else "nothing could be better"]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- Software
@@ -87,7 +89,7 @@ def check_python() -> Finding:
 def check_torch() -> Finding:
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
         is_absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         return Finding("not installed" if is_absent else f"does not load ({_first_line(error)})", INSTALL_TORCH)
     if torch.version.hip:
@@ -98,16 +100,19 @@ def check_torch() -> Finding:
 def check_packages() -> Finding:
     required, extras = requirements()
     problems = [problem for line in required if (problem := requirement_problem(line))]
-    complete = [name for name, lines in extras.items() if not any(map(requirement_problem, lines))]
-    state = f"{len(required) - len(problems)} of {len(required)} installed; extras: {', '.join(complete) or 'none'}"
+    installed = [name for name, lines in extras.items() if not any(map(requirement_problem, lines))]
+    state = f"{len(required) - len(problems)} of {len(required)} installed; extras: {', '.join(installed) or 'none'}"
     if not problems:
         return Finding(state)
-    wanted = " ".join(f"'{line.partition(';')[0].strip()}'" for line in required if requirement_problem(line))
-    return Finding(f"{state}; {', '.join(problems)}", f"pip install --upgrade {wanted}")
+    packages = " ".join(f"'{line.partition(';')[0].strip()}'" for line in required if requirement_problem(line))
+    return Finding(f"{state}; {', '.join(problems)}", f"pip install --upgrade {packages}")
 
 
 def requirements() -> tuple[list[str], dict[str, list[str]]]:
-    """Return the requirements of las_fast, and those of each extra; in a checkout from pyproject.toml."""
+    """Return the requirements of las_fast, and those of each extra.
+
+    They are read from pyproject.toml in a clone, and else from the metadata of the installed package.
+    """
     project = PACKAGE.parent / "pyproject.toml"
     if project.is_file() and (settings := tomllib.loads(project.read_text("utf-8")))["project"]["name"] == "las_fast":
         required = settings["tool"]["las_fast"]["dependencies"]
@@ -122,7 +127,7 @@ def requirements() -> tuple[list[str], dict[str, list[str]]]:
 
 
 def requirement_problem(line: str) -> str:
-    """Return what is wrong with an installed package, such as "torch 2.9.1 is older than 2.10", or ""."""
+    """Return why a requirement is not met, such as "torch 2.9.1 is older than 2.10"; "" if it is met."""
     name, minimum, exact = _parse_requirement(line)
     try:
         version = metadata.version(name)
@@ -130,11 +135,13 @@ def requirement_problem(line: str) -> str:
         return f"{name} is missing"
     if exact and _numbers(version)[: len(_numbers(exact))] != _numbers(exact):
         return f"{name} {version} is not {exact}.*"
-    return f"{name} {version} is older than {minimum}" if _numbers(version) < _numbers(minimum) else ""
+    width = len(_numbers(minimum))  # version 6 is 6.0, not older
+    is_older = _numbers(version) + [0] * width < _numbers(minimum)
+    return f"{name} {version} is older than {minimum}" if is_older else ""
 
 
 def _parse_requirement(line: str) -> tuple[str, str, str]:
-    """Return the name of a requirement, X of its >=X and Y of its ==Y or ==Y.*; "" where it has none."""
+    """Return the name of a requirement, the X of >=X, and the Y of ==Y or ==Y.*; "" for a part that it lacks."""
     name = re.match(r"[\w.-]+", line)
     bounds = dict(re.findall(r"(>=|==)\s*(\d+(?:\.\d+)*)", line.partition(";")[0]))
     return name[0] if name else "", bounds.get(">=", ""), bounds.get("==", "")
@@ -159,18 +166,20 @@ def check_audio() -> Finding:
 
 
 def check_compiler() -> Finding:
-    """The compiler that builds the extension; only needed for that."""
+    """Check the C++ compiler, which only the extension needs, and only while it is built."""
     if missing := missing_for_build():
         reason, remedy = missing
         return Finding(reason, "" if _extension_problem() is None else remedy)
+    command = [compiler(), "--version"]
     try:
-        done = subprocess.run([compiler(), "--version"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
         return Finding(f"{compiler()} does not run ({_first_line(error)})", "install g++")
     return Finding(show((done.stdout or done.stderr).strip().partition("\n")[0]))
 
 
 def _extension_problem() -> str | None:
+    """Return why the extension does not load, with the command that mends it; None if it does."""
     from las_fast.ops import backends
 
     return backends.EXTENSION_PROBLEM
@@ -198,7 +207,7 @@ def check_gpu() -> Finding:
         return Finding("NVIDIA, but torch is the CPU build", "pip install --force-reinstall torch")
     return Finding(
         "NVIDIA, but torch cannot use it",
-        f"run nvidia-smi; the driver may be too old for CUDA {torch.version.cuda}, or the container may not pass it on",
+        f"run nvidia-smi; the driver may be too old for CUDA {torch.version.cuda}, or the container may lack the GPU",
     )
 
 
@@ -217,7 +226,7 @@ def check_backends() -> Finding:
 
 
 def check_instruction_sets() -> Finding:
-    """The vector instructions that the C++ extension and torch choose at run time."""
+    """Check the vector instructions, from which the C++ extension and torch choose at run time."""
     flags = cpu_flags()
     if not flags:
         return Finding(platform.machine())
@@ -255,14 +264,14 @@ def check_threads() -> Finding:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Return the number of cores that a container may use on average; None without such a limit."""
-    words = [path.read_text().split() for path in (root / "cpu.max",) if path.is_file()]  # cgroup v2
-    old = root / "cpu" / "cpu.cfs_quota_us"
-    if not words and old.is_file():
-        words = [[old.read_text().strip(), (root / "cpu" / "cpu.cfs_period_us").read_text().strip()]]
-    if not words or words[0][0] in ("max", "-1"):
+    """Return how many cores a container may use on average; None if its cgroup sets no limit."""
+    if (root / "cpu.max").is_file():  # cgroup v2
+        quota, period = (root / "cpu.max").read_text().split()
+    elif (root / "cpu" / "cpu.cfs_quota_us").is_file():  # cgroup v1
+        quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+    else:
         return None
-    return int(words[0][0]) / int(words[0][1])
+    return None if quota.strip() in ("max", "-1") else int(quota) / int(period)
 
 
 def check_memory() -> Finding:
@@ -278,21 +287,22 @@ def check_memory() -> Finding:
 
 
 def check_disk() -> Finding:
-    places = [Path.cwd()]
+    folders = [Path.cwd()]
     try:
         from las_fast.data.cache import cache_folder
 
-        places.append(cache_folder(""))
+        folders.append(cache_folder(""))
     except ImportError:  # numpy is missing, which another check reports
         pass
-    free = {place: shutil.disk_usage(_existing(place)).free for place in places}
-    state = ", ".join(f"{size / 2**30:.1f} GiB free in {show(place)}" for place, size in free.items())
-    full = [place for place, size in free.items() if size < MIN_FREE]
+    free = {folder: shutil.disk_usage(_existing(folder)).free for folder in folders}
+    state = ", ".join(f"{size / 2**30:.1f} GiB free in {show(folder)}" for folder, size in free.items())
+    full = [folder for folder, size in free.items() if size < MIN_FREE]
     return Finding(state, f"free some space in {' and '.join(map(show, full))}" if full else "")
 
 
 def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.parents) if place.exists())
+    """Return the path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {
@@ -314,15 +324,15 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table; see --help."""
-    kind = argparse.ArgumentParser
+    parser = argparse.ArgumentParser
     try:
         from las_fast.options import Parser
 
-        kind = Parser
+        parser = Parser
     except ImportError:  # a package is missing, which the table reports
         pass
-    kind(prog="python -m las_fast.doctor", description=__doc__).parse_args(argv)
-    print(table(findings()))
+    parser(prog="python -m las_fast.doctor", description=__doc__).parse_args(argv)
+    print(table(run_checks()))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def pip_wheel(source, *argv, **environment):
     return done, sorted(out.glob("*.whl"))
 
 
-def test_a_wheel_contains_modules_presets_and_the_console_script(source):
+def test_a_wheel_contains_modules_presets_the_page_and_the_console_script(source):
     done, (wheel,) = pip_wheel(source, "-C", "extension=skip", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
     assert wheel.name == f"las_fast-{__version__}-py3-none-any.whl"
@@ -127,8 +127,9 @@ def test_a_wheel_contains_modules_presets_and_the_console_script(source):
     modules -= {"las_fast/kernels/__init__.py"}  # in a checkout it points to kernels/; a wheel contains the files
     modules |= {f"las_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     released = {f"las_fast/checkpoints/{path.name}" for path in (ROOT / "las_fast" / "checkpoints").iterdir()}
-    files = {"las_fast/py.typed", "las_fast/training/report.html"}
-    assert presets and released and presets | modules | released | files <= set(names)
+    page = {f"las_fast/serve/page/{path.name}" for path in (ROOT / "las_fast" / "serve" / "page").iterdir()}
+    files = {"las_fast/py.typed", "las_fast/training/report.html", *page}
+    assert presets and released and page and presets | modules | released | files <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
     assert b"las-fast = las_fast.cli:main" in zipfile.ZipFile(wheel).read(entry)
@@ -139,11 +140,11 @@ def wheel_requirements(wheel):
     with zipfile.ZipFile(wheel) as file:
         (name,) = (name for name in file.namelist() if name.endswith("/METADATA"))
         lines = file.read(name).decode().splitlines()
-    found = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
-    return [one for one in found if "extra ==" not in str(one.marker)]
+    requirements = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
+    return [one for one in requirements if "extra ==" not in str(one.marker)]
 
 
-def test_pip_does_not_install_in_silence_without_the_extension(source):
+def test_pip_fails_if_the_extension_cannot_be_built(source):
     done, wheels = pip_wheel(source, CXX="no-such-compiler")
     assert done.returncode != 0 and wheels == []
     sentence = (
@@ -185,12 +186,12 @@ def test_torch_is_found_in_the_environment_that_pip_installs_into():
 
 
 @pytest.mark.parametrize("settings", ["{'extension': 'maybe'}", "{'extension': ''}"])
-def test_a_wrong_choice_of_the_extension_is_named(settings):
+def test_a_wrong_value_of_the_option_extension_is_refused(settings):
     _, error = backend(f"b.build_wheel('x', {settings})")
     assert error.startswith("las_fast: -C extension must be require or skip; got '")
 
 
-def test_the_extension_pins_the_minor_version_of_torch_that_it_is_compiled_with():
+def test_an_extension_pins_the_minor_version_of_torch_that_compiled_it():
     expected = [line if not line.startswith("torch") else "torch==2.13.*" for line in DEPENDENCIES]
     assert backend("print(b.runtime_dependencies('2.13.1+cu129'))") == (str(expected), "")
     assert backend("print(b.runtime_dependencies(None))") == (str(DEPENDENCIES), "")
