@@ -1,4 +1,4 @@
-"""Models in ONNX compute what las_fast computes, and the example that runs them finds the same text."""
+"""Models in ONNX compute what las_fast computes, and the example that runs them returns the same texts."""
 
 import inspect
 import itertools
@@ -41,7 +41,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def make_model(folder, model, **features):
-    """An untrained model with weights large enough to tell inputs apart."""
+    """An untrained model with weights so large that different inputs have different outputs."""
     settings = FeatureConfig(kind="mfcc", size=7, **features)
     loaded = checkpoint.load_model(make_checkpoint(folder, sections={"features": settings, "model": model}))
     generator = torch.Generator().manual_seed(2)
@@ -162,13 +162,13 @@ def test_the_example_ends_each_text_where_the_search_does(tmp_path, settings):
     loaded = make_model(tmp_path, MODELS["convolutions"])
     with torch.no_grad():
         loaded.model.speller.bias[2] = -50  # never <eos>
-    found = greedy_search(loaded.model, listen_in_torch(loaded, utterances()), settings)
-    expected = [loaded.vocabulary.decode(best.text_tokens) for (best,) in found]
+    hypotheses = greedy_search(loaded.model, listen_in_torch(loaded, utterances()), settings)
+    expected = [loaded.vocabulary.decode(best.text_tokens) for (best,) in hypotheses]
     actual = write_model(tmp_path, loaded, settings).greedy([array.numpy() for array in utterances()])
     assert actual == expected and len(set(map(len, actual))) > 1
 
 
-def test_the_example_finds_the_greedy_text_of_an4(tmp_path, shared):
+def test_the_example_returns_the_greedy_texts_of_an4(tmp_path, shared):
     loaded = checkpoint.load_model("an4")
     greedy = replace(loaded.config.decoding, beam=1, ctc_weight=0.0)
     loaded = loaded._replace(config=replace(loaded.config, decoding=greedy))
@@ -202,19 +202,19 @@ def test_the_example_runs_without_torch_from_wav_and_from_features(tmp_path):
     loaded = make_model(tmp_path, MODELS["convolutions"])
     model = write_model(tmp_path, loaded)
     samples = (np.random.default_rng(1).normal(0, 0.1, 8000).clip(-1, 1) * 32767).astype("<i2")
-    with wave.open(str(tmp_path / "talk.wav"), "wb") as file:
+    with wave.open(str(tmp_path / "talk.WAV"), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes(samples.tobytes())
     frames = onnx_greedy.features(samples / 32768, model.settings["features"])
     np.save(tmp_path / "talk.npy", frames)
     code = (
         "import sys, runpy; sys.modules['torch'] = None; sys.modules['las_fast'] = None\n"
-        "sys.argv = ['onnx_greedy.py', 'mine.onnx', 'talk.wav', 'talk.npy']\n"
+        "sys.argv = ['onnx_greedy.py', 'mine.onnx', 'talk.WAV', 'talk.npy']\n"
         f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     (text,) = model.greedy([frames])
-    assert done.stdout.splitlines() == [f"talk.wav: {text}", f"talk.npy: {text}"], done.stderr
+    assert done.stdout.splitlines() == [f"talk.WAV: {text}", f"talk.npy: {text}"], done.stderr
 
 
 def test_the_example_says_which_wav_it_needs(tmp_path):
@@ -223,6 +223,13 @@ def test_the_example_says_which_wav_it_needs(tmp_path):
         file.writeframes(bytes(400))
     with pytest.raises(SystemExit, match=r"\(44100, 2, 16\); the model needs \(16000, 1, 16\)"):
         onnx_greedy.read_wav(str(tmp_path / "talk.wav"), 16000)
+
+
+def test_a_file_that_is_not_wav_is_one_sentence(tmp_path):
+    (tmp_path / "talk.wav").write_bytes(b"ID3 not wav")
+    for name in ("talk.wav", "missing.wav"):
+        with pytest.raises(SystemExit, match=rf"{name} cannot be read as wav \(.*\); convert it to 16000 Hz, one"):
+            onnx_greedy.read_wav(str(tmp_path / name), 16000)
 
 
 def test_the_greedy_search_of_the_example_has_at_most_40_lines():

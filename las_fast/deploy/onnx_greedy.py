@@ -3,7 +3,7 @@
     python onnx_greedy.py mine.onnx talk.wav            16 bits, one channel, the sample rate of the model
     python onnx_greedy.py mine.onnx frames.npy          (T, F) float32 feature frames
 
-This file needs no other of las_fast: copy it into your program.
+mine.onnx is the --out of las_fast.export. This file imports nothing of las_fast: copy it into your program.
 """
 
 import json
@@ -23,7 +23,7 @@ class Recogniser:
         self.settings = json.loads(self.listener.get_modelmeta().custom_metadata_map["las_fast"])
 
     def listen(self, utterances):
-        """Encode utterances, each an array (T, F) of feature frames."""
+        """Encode utterances, each an array (T, F) of feature frames; return the inputs of the speller."""
         counts = np.array([len(frames) for frames in utterances])
         batch = np.zeros((len(counts), counts.max(), utterances[0].shape[1]), np.float32)
         for row, frames in zip(batch, utterances, strict=True):
@@ -32,32 +32,35 @@ class Recogniser:
         return dict(zip(names, self.listener.run(names, {"frames": batch, "frame_counts": counts}), strict=True))
 
     def greedy(self, utterances):
-        """Return the text of each utterance; take the likeliest token at each step."""
+        """Return the text of each utterance, with the most probable token at each step."""
         memory, settings, state = self.listen(utterances), self.settings, {}
         limits, rows = self.limits(memory["lengths"]), len(utterances)
         for one in self.speller.get_inputs()[4:]:
             state[one.name] = np.zeros((rows, 1, one.shape[2]), np.float32)
-        last, ended, taken = np.full((rows, 1), settings["sos"]), np.zeros(rows, bool), []
+        last, ended, tokens = np.full((rows, 1), settings["sos"]), np.zeros(rows, bool), []
         for step in range(limits.max() + 1):
             logits, _, *after = self.speller.run(None, {"tokens": last, **memory, **state})
             state = dict(zip(state, after, strict=True))
             best = np.where(ended | (limits == step), settings["eos"], logits[:, 0].argmax(-1))
             ended |= best == settings["eos"]
-            taken.append(best)
+            tokens.append(best)
             if ended.all():
                 break
             last = best[:, None]
-        return ["".join(settings["characters"][t - 3] for t in row if t >= 3) for row in np.stack(taken, 1)]
+        return ["".join(settings["characters"][t - 3] for t in row if t >= 3) for row in np.stack(tokens, 1)]
 
     def limits(self, lengths):
-        """Return the most tokens of each utterance."""
+        """Return the maximum number of tokens of each utterance."""
         frames = (lengths * self.settings["time_reduction"]).astype(np.float32)
-        most = (frames * np.float32(self.settings["maximum_share"])).astype(np.int64)
-        return np.maximum(most + self.settings["maximum_extra"], 1)
+        tokens = (frames * np.float32(self.settings["maximum_share"])).astype(np.int64)
+        return np.maximum(tokens + self.settings["maximum_extra"], 1)
 
 
 def features(samples, settings):
-    """Return log-mel or MFCC frames (T, F), as Kaldi defines them, of samples (N,) from -1 to 1."""
+    """Return the log-mel or MFCC frames (T, F), as Kaldi defines them, of samples (N,) from -1 to 1.
+
+    settings: "features" of the model's settings.
+    """
     rate, bins = settings["sample_rate"], settings["size" if settings["kind"] == "logmel" else "mel_bins"]
     size, shift = (round(rate * settings[key] / 1000) for key in ("window_ms", "shift_ms"))
     samples = np.pad(samples, (0, max(0, size - len(samples)))).astype(np.float64) * 32768
@@ -85,12 +88,15 @@ def features(samples, settings):
 
 
 def read_wav(path, rate):
-    """Return the samples (N,) from -1 to 1 of a wav file."""
-    with wave.open(path) as file:
-        actual = (file.getframerate(), file.getnchannels(), file.getsampwidth() * 8)
-        if actual != (rate, 1, 16):
-            sys.exit(f"{path} has (Hz, channels, bits) {actual}; the model needs {(rate, 1, 16)}; convert it")
-        return np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+    """Return the samples (N,) from -1 to 1 of a wav file; exit with an error if the model cannot use it."""
+    try:
+        with wave.open(path) as file:
+            actual = (file.getframerate(), file.getnchannels(), file.getsampwidth() * 8)
+            if actual == (rate, 1, 16):
+                return np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+    except (OSError, EOFError, wave.Error) as error:
+        sys.exit(f"{path} cannot be read as wav ({error}); convert it to {rate} Hz, one channel, 16 bits")
+    sys.exit(f"{path} has (Hz, channels, bits) {actual}; the model needs {(rate, 1, 16)}; convert it")
 
 
 if __name__ == "__main__":
@@ -99,6 +105,6 @@ if __name__ == "__main__":
     model = Recogniser(sys.argv[1])
     config = model.settings["features"]
     for name in sys.argv[2:]:
-        is_wav = name.endswith(".wav")
+        is_wav = name.lower().endswith(".wav")
         frames = features(read_wav(name, config["sample_rate"]), config) if is_wav else np.load(name)
         print(f"{name}: {model.greedy([frames])[0]}")

@@ -1,16 +1,16 @@
 """The two ONNX graphs of a model: the listener, and one step of the speller.
 
 The graphs are written node by node, not traced: batch size, lengths and beam are free, and padding is masked as in
-las_fast.model. The listener takes feature frames as las_fast.load(...).decode does, before normalisation and deltas.
+las_fast.model. The listener takes feature frames before normalisation and deltas, as Recogniser.decode does.
 
     listener: frames (B, T, F) float32, frame_counts (B,) int64, each from 1 to T
-              -> keys (B, T', D), values (B, T', E), lengths (B,) int64;
-                 with a CTC head also ctc_logits (B, T'', V), ctc_lengths (B,) int64
+              -> keys (B, S, D), values (B, S, E), lengths (B,) int64: S encoder frames;
+                 with a CTC head also ctc_logits (B, C, V), ctc_lengths (B,) int64: C CTC frames
     speller:  tokens (B, K) int64, keys, values, lengths, hidden0 (B, K, H), cell0 (B, K, H), hidden1, cell1, ...,
               context (B, K, E)
               -> logits (B, K, V), attended (B, K) int64 encoder frames, next_hidden0, next_cell0, ..., next_context
 
-The state before the first token is zero. Metadata "las_fast" is JSON; see `description`.
+The initial state is zero. Metadata "las_fast" is JSON; see `description`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
 class Graph:
-    """A graph under construction. Values are referred to by name."""
+    """A graph under construction. Its methods add nodes and return the names of their outputs."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -45,22 +45,24 @@ class Graph:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
 
-    def input(self, name: str, kind: int, *shape: str | int) -> str:
-        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+    def input(self, name: str, dtype: int, *shape: str | int) -> str:
+        """Add an input of the model; text in the shape names a free dimension."""
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
-    def output(self, value: str, name: str, kind: int, *shape: str | int) -> None:
+    def output(self, value: str, name: str, dtype: int, *shape: str | int) -> None:
+        """Make a value an output of the model."""
         self.nodes.append(helper.make_node("Identity", [value], [name]))
-        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+        self.outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
     def constant(self, value: Any, dtype: Any = None) -> str:
-        """Add a tensor, or numbers of `dtype`."""
+        """Add a constant: a tensor, or numbers of a numpy dtype."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype)
         name = f"constant{len(self.initializers)}"
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def split(self, count: int, op: str, *inputs: str, **attributes: Any) -> list[str]:
+    def node(self, count: int, op: str, *inputs: str, **attributes: Any) -> list[str]:
         """Add a node with `count` outputs and return their names."""
         names = [f"value{len(self.nodes)}_{i}" for i in range(count)]
         self.nodes.append(helper.make_node(op, inputs, names, **attributes))
@@ -68,7 +70,7 @@ class Graph:
 
     def __call__(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Add a node with one output and return its name."""
-        return self.split(1, op, *inputs, **attributes)[0]
+        return self.node(1, op, *inputs, **attributes)[0]
 
     def floats(self, number: float) -> str:
         return self.constant(number, np.float32)
@@ -90,7 +92,7 @@ class Graph:
         return self("Shape", x, start=axis, end=axis + 1)
 
     def valid(self, lengths: str, size: str) -> str:
-        """Return (B, size) bool, False at padding."""
+        """Return a mask (B, size) bool, False at padding, from lengths (B,) and a size (1,)."""
         zero, one = self.constant(0, np.int64), self.constant(1, np.int64)
         positions = self("Range", zero, self("Squeeze", size), one)
         return self("Less", positions, self("Unsqueeze", lengths, self.ints(1)))
@@ -101,6 +103,7 @@ class Graph:
         return self("Where", valid, x, self.floats(0))
 
     def model(self, name: str, metadata: str) -> onnx.ModelProto:
+        """Return the checked model, with metadata "las_fast"."""
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.initializers)
         model = helper.make_model(
             graph, producer_name=PRODUCER, producer_version=__version__, ir_version=IR_VERSION,
@@ -119,10 +122,10 @@ def onnx_models(loaded: Loaded) -> dict[str, bytes]:
 
 
 def description(loaded: Loaded) -> dict[str, Any]:
-    """Return what a program needs to run the graphs, in JSON's types.
+    """Return the settings that a program needs to run the graphs, as a JSON object.
 
-    Token t is characters[t - 3]; tokens 0, 1 and 2 are pad, sos and eos. The text of n encoder frames has at most
-    int(float32(n * time_reduction) * float32(maximum_share)) + maximum_extra tokens, or 1 if that is less.
+    Token t >= 3 is characters[t - 3]; tokens 0, 1 and 2 are pad, sos and eos. The text of n encoder frames has at most
+    int(float32(n * time_reduction) * float32(maximum_share)) + maximum_extra tokens, and at least 1 is allowed.
     """
     config = loaded.config
     return {
@@ -147,28 +150,28 @@ def listener_graph(loaded: Loaded) -> Graph:
     lengths = g.input("frame_counts", INT64, "B")
     x = _deltas(g, _normalised(g, frames, lengths, loaded), lengths, loaded.config.features.deltas)
     x, lengths = _front_end(g, model.listener.front, g.zero_padding(x, lengths), lengths)
-    tapped = None
+    ctc_input = None
     for i, (layer, norm) in enumerate(zip(model.listener.layers, model.listener.norms, strict=True)):
         if 1 <= i <= model.listener.pyramids:
             x, lengths = _halve_time(g, x, lengths)
         assert isinstance(layer, BiLSTM)
         x = g.zero_padding(g.layer_norm(_bilstm(g, layer, x, lengths), norm), lengths)
         if i == model.ctc_layer:
-            tapped = x, lengths
+            ctc_input = x, lengths
     attention = model.speller.attention
     g.output(g.linear(x, attention.key.weight), "keys", FLOAT, "B", "S", attention.key.out_features)
     values = g.linear(x, attention.value.weight, attention.value.bias)
     g.output(values, "values", FLOAT, "B", "S", attention.value.out_features)
     g.output(lengths, "lengths", INT64, "B")
-    if tapped is not None and model.ctc is not None:
-        logits = g.linear(tapped[0], model.ctc.weight, model.ctc.bias)
+    if ctc_input is not None and model.ctc is not None:
+        logits = g.linear(ctc_input[0], model.ctc.weight, model.ctc.bias)
         g.output(logits, "ctc_logits", FLOAT, "B", "C", model.vocabulary_size)
-        g.output(tapped[1], "ctc_lengths", INT64, "B")
+        g.output(ctc_input[1], "ctc_lengths", INT64, "B")
     return g
 
 
 def _normalised(g: Graph, x: str, lengths: str, loaded: Loaded) -> str:
-    """Normalise as las_fast.data.dataset.normalise; sums are in float64, as torch computes them."""
+    """Normalise frames (B, T, F) as las_fast.data.normalisation.normalise does; sums are in float64."""
     kind = loaded.config.features.normalisation
     if kind == "none":
         return x
@@ -185,12 +188,12 @@ def _normalised(g: Graph, x: str, lengths: str, loaded: Loaded) -> str:
     mean = mean_of(g.zero_padding(x, lengths))
     centred = g.zero_padding(g("Sub", x, mean), lengths)
     std = g("Sqrt", mean_of(g("Mul", centred, centred)))
-    least = g("Mul", g.floats(1e-6), g("Add", g.floats(1), g("Abs", mean)))
-    return g("Div", centred, g("Where", g("Greater", std, least), std, g.floats(np.inf)))
+    min_std = g("Mul", g.floats(1e-6), g("Add", g.floats(1), g("Abs", mean)))
+    return g("Div", centred, g("Where", g("Greater", std, min_std), std, g.floats(np.inf)))
 
 
 def _deltas(g: Graph, x: str, lengths: str, order: int) -> str:
-    """Append deltas as las_fast.data.features.add_deltas, with the edge frames of each utterance repeated."""
+    """Append deltas as las_fast.data.features.add_deltas does: the edge frames of each utterance are repeated."""
     if not order:
         return x
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
@@ -222,7 +225,7 @@ def _front_end(g: Graph, front: ConvFrontEnd, x: str, lengths: str) -> tuple[str
 
 
 def _halve_time(g: Graph, x: str, lengths: str) -> tuple[str, str]:
-    """Concatenate pairs of frames, as las_fast.model.listener.halve_time."""
+    """Concatenate pairs of frames as las_fast.model.listener.halve_time does."""
     odd = g("Mod", g.size(x, 1), g.ints(2))
     x = g("Pad", x, g("Concat", g.ints(0, 0, 0, 0), odd, g.ints(0), axis=0))
     pairs = g("Concat", g.ints(0, -1), g("Mul", g.size(x, 2), g.ints(2)), axis=0)
@@ -284,14 +287,14 @@ def speller_graph(loaded: Loaded) -> Graph:
 
 def _lstm_cell(g: Graph, layer: LSTMCell, inputs: list[str], hidden: str, cell: str) -> list[str]:
     gates = g.linear(g("Concat", *inputs, hidden, axis=-1), layer.gates.weight, layer.gates.bias)
-    i, f, c, o = g.split(4, "Split", gates, axis=-1, num_outputs=4)
+    i, f, c, o = g.node(4, "Split", gates, axis=-1, num_outputs=4)
     kept, added = g("Mul", g("Sigmoid", f), cell), g("Mul", g("Sigmoid", i), g("Tanh", c))
     cell = g("Add", kept, added)
     return [g("Mul", g("Sigmoid", o), g("Tanh", cell)), cell]
 
 
 def _attention(g: Graph, query: str, keys: str, values: str, lengths: str, scale: float) -> tuple[str, str]:
-    """Return the context (B, K, E) and the frame of the largest weight (B, K); see ops.masked_attention."""
+    """Return the context (B, K, E) and the attended frames (B, K); see las_fast.ops.masked_attention."""
     valid = g("Unsqueeze", g.valid(lengths, g.size(keys, 1)), g.ints(1))  # (B, 1, S)
     scores = g("MatMul", g("Mul", query, g.floats(scale)), g("Transpose", keys, perm=[0, 2, 1]))
     weights = g("Softmax", g("Where", valid, scores, g.floats(LOWEST)), axis=-1)
