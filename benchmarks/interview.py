@@ -1,9 +1,9 @@
-"""Transcribe a made interview, and check its text, its subtitles and the memory it takes.
+"""Transcribe an interview made of utterances; measure its CER, subtitles, time and memory.
 
-    python -m benchmarks.interview --data MANIFEST [--minutes 10] [--checkpoint speech13h] [--seed 0] [--record]
+    python -m benchmarks.interview --data ROOT [--minutes 10] [--checkpoint speech13h] [--seed 0] [--record]
 
-Utterances of several speakers, at one level, follow each other with pauses of 0.3 to 1.5 s in noise at -56 dB. CER is
-compared with that of the same recording cut at the true boundaries.
+Utterances of several speakers, all at one level, follow each other with pauses of 0.3 to 1.5 s, in noise at -56 dB. The
+CER is compared with that of the same recording cut at the true boundaries.
 """
 
 from __future__ import annotations
@@ -35,38 +35,43 @@ from las_fast.output.transcripts import Word
 FILE = RESULTS / "interview.csv"
 COLUMNS = (*CONTEXT, "checkpoint", "minutes", "seed", "utterances", "cer", "cer_true_boundaries", "cues",
            "broken_rules", "utterances_per_cue", "seconds", "peak_mib")  # fmt: skip
-RATE = 16000
+RATE = 16000  # Hz
 LEVEL, NOISE = 0.06, 10 ** (-56 / 20)  # root mean square of the speech; standard deviation of the noise
 PAUSE = (0.3, 1.5)  # seconds
 TOLERANCE = 1e-6  # seconds
-# the command, and then its peak in KiB; resource.getrusage would count the memory of this process, too
-MEASURED = """
+MAX_MINUTES = 600  # ten hours are 2.3 GB of samples
+# Runs transcribe, then prints its peak memory in KiB. resource.getrusage would include the memory of this process.
+PROGRAM = """
 import re, sys
+from las_fast.cli import run
 from las_fast.transcribe import main
-main(sys.argv[1:])
+run(main, sys.argv[1:])
 print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 """
 
 
 def make_interview(utterances: list[Utterance], seconds: float, seed: int) -> tuple[np.ndarray, list[tuple]]:
-    """Return samples (N,) float32 at RATE, at least `seconds` long, and (start, end, text) of each utterance."""
+    """Return samples (N,) float32 at RATE, at least `seconds` long, and (start, end, text) of each utterance.
+
+    Each utterance is used once before any is used again.
+    """
     rng = np.random.default_rng(seed)
-    parts, bounds, time = [np.zeros(RATE, np.float32)], [], 1.0
-    while time < seconds:
+    parts, bounds, length = [np.zeros(RATE, np.float32)], [], 1.0  # length in seconds
+    while length < seconds:
         for i in rng.permutation(len(utterances)):
             speech = load_utterance(utterances[i], RATE)
             pause = int(rng.uniform(*PAUSE) * RATE)
-            bounds.append((time, time + len(speech) / RATE, utterances[i].transcript))
+            bounds.append((length, length + len(speech) / RATE, utterances[i].transcript))
             parts += [speech * (LEVEL / np.sqrt(np.mean(speech**2))), np.zeros(pause, np.float32)]
-            time += (len(speech) + pause) / RATE
-            if time >= seconds:
+            length += (len(speech) + pause) / RATE
+            if length >= seconds:
                 break
     samples = np.concatenate(parts)
     return samples + (NOISE * rng.standard_normal(len(samples))).astype(np.float32), bounds
 
 
 def broken_rules(cues: list[Cue], size: SubtitleSize | None = None) -> Iterator[str]:
-    """Yield a sentence for each rule of subtitles that cues break."""
+    """Yield a sentence for each place where subtitles break a rule of las_fast.output.subtitles."""
     size = size or SubtitleSize()
     for cue in cues:
         lines = cue.text.split("\n")
@@ -89,20 +94,27 @@ def broken_rules(cues: list[Cue], size: SubtitleSize | None = None) -> Iterator[
 
 
 def utterances_per_cue(cues: list[Cue], bounds: list[tuple]) -> int:
-    """Return the largest number of utterances whose middle a single cue covers."""
+    """Return the maximum over cues of the number of utterances whose middle the cue covers."""
     middles = [(start + end) / 2 for start, end, _ in bounds]
     return max((sum(cue.start < middle < cue.end for middle in middles) for cue in cues), default=0)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.interview", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_split_options(parser, FILE, checkpoint="speech13h")
     parser.add_argument("--source", default="librispeech", help="text in the paths of the utterances to use")
     parser.add_argument("--minutes", type=float, default=10, help="minimum duration of the interview (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the pauses (default: 0)")
-    parser.add_argument("--skip-boundaries", action="store_true", help="do not transcribe at the true boundaries")
-    options = parser.parse_args(argv)
+    parser.add_argument("--skip-boundaries", action="store_true", help="do not measure the CER with true boundaries")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; see --help."""
+    options = parser().parse_args(argv)
+    if not 0.1 <= options.minutes <= MAX_MINUTES:
+        raise InputError(f"--minutes must be from 0.1 to {MAX_MINUTES}; got {options.minutes:g}")
     utterances = [u for u in utterances_of(options.data, options.split) if options.source in str(u.path)]
     if not utterances:
         raise InputError(f"no path of --split {options.split} contains {options.source!r}; give another --source")
@@ -114,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespace) -> dict:
-    """Transcribe the interview by the command, in a process of its own, and its utterances at their true boundaries."""
+    """Transcribe the interview by the command, and its utterances at their true boundaries; return a row."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "interview.wav")
         soundfile.write(path, samples, RATE)
@@ -125,29 +137,33 @@ def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespac
     words = [Word(w["word"], w["start"], w["end"], w["confidence"]) for s in transcript["segments"] for w in s["words"]]
     cues = make_cues(words)
     problems = list(broken_rules(cues))
-    print("\n".join(problems))
-    cut = "" if options.skip_boundaries else cut_at_boundaries(samples, bounds, options.checkpoint)
+    for problem in problems:
+        print(problem)
+    cut = None if options.skip_boundaries else cut_at_boundaries(samples, bounds, options.checkpoint)
     return {
         "checkpoint": options.checkpoint, "minutes": options.minutes, "seed": options.seed, "utterances": len(bounds),
         "cer": round(score([reference], [transcript["text"]]).cer, 2),
-        "cer_true_boundaries": round(score([reference], [cut]).cer, 2) if cut else "",
+        "cer_true_boundaries": "" if cut is None else round(score([reference], [cut]).cer, 2),
         "cues": len(cues), "broken_rules": len(problems), "utterances_per_cue": utterances_per_cue(cues, bounds),
         "seconds": round(seconds, 1), "peak_mib": peak,
     }  # fmt: skip
 
 
 def transcribe(path: Path, checkpoint: str) -> tuple[dict, int]:
-    """Return the JSON of the command for a recording, and its peak of resident memory in MiB."""
+    """Transcribe a recording in a new process; return its JSON and its peak resident memory in MiB."""
     arguments = [str(path), "--checkpoint", checkpoint, "--format", "json"]
-    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise InputError(f"transcribe failed with exit status {done.returncode}; its error is above")
     row, peak = done.stdout.splitlines()
     return json.loads(row), int(peak) // 1024
 
 
 def cut_at_boundaries(samples: np.ndarray, bounds: list[tuple], checkpoint: str) -> str:
-    """Return the text of the interview's utterances, each transcribed alone."""
+    """Return the text of the interview's utterances, each transcribed as a recording of its own."""
     parts = [samples[int(start * RATE) : int(end * RATE)] for start, end, _ in bounds]
-    return " ".join(t.text for _, t in las_fast.load(checkpoint).transcribe_all(parts, RATE))
+    transcripts = las_fast.load(checkpoint).transcribe_all(parts, RATE, warn=lambda message: None)
+    return " ".join(transcript.text for _, transcript in transcripts if transcript.text)
 
 
 if __name__ == "__main__":

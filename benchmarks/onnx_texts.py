@@ -1,9 +1,9 @@
-"""Compare a model in ONNX with las_fast on a split: greedy texts, and logits along them.
+"""Compare an exported ONNX model with las_fast on a split: the greedy texts, and the logits of their tokens.
 
     python -m benchmarks.onnx_texts --checkpoint an4 --data AN4
 
-Both get the same features, computed and trimmed by las_fast and not yet normalised. The texts of ONNX are those of the
-example las_fast/deploy/onnx_greedy.py.
+Both get the same features: those of las_fast, trimmed but not normalised. The example las_fast/deploy/onnx_greedy.py
+computes the texts of the ONNX model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the comparison; fail if a text differs."""
+    """Print the comparison; raise InputError if a text differs."""
     options = parser().parse_args(argv)
     torch.set_num_threads(1)
     loaded = load_model(options.checkpoint)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(dataset)} utterances, {audio:.0f} s: {len(different)} texts differ, logits by at most {distance:.1e}")
     print("; ".join(f"{name} {value:.1f} s, {audio / value:.0f} times real time" for name, value in seconds.items()))
     if different:
-        raise InputError(f"the texts of {', '.join(different[:5])} differ; the exported model is not the same")
+        raise InputError(f"the texts of {', '.join(different[:5])} differ; report a bug of export --format onnx")
 
 
 @torch.inference_mode()
@@ -67,38 +67,41 @@ def compare(loaded: Loaded, dataset: SpeechDataset, model: Recogniser) -> tuple[
         indices = batch.indices.tolist()
         start = time.perf_counter()
         memory = loaded.model.listen(batch.features, batch.feature_lengths)
-        found = [best.text_tokens for (best,) in greedy_search(loaded.model, memory, decoding)]
+        tokens = [best.text_tokens for (best,) in greedy_search(loaded.model, memory, decoding)]
         middle = time.perf_counter()
         texts = model.greedy([dataset.raw(i).numpy() for i in indices])
         seconds["onnxruntime"] += time.perf_counter() - middle
         seconds["las_fast"] += middle - start
         different += [
             dataset.ids[i]
-            for i, tokens, text in zip(indices, found, texts, strict=True)
-            if loaded.vocabulary.decode(tokens) != text
+            for i, ours, text in zip(indices, tokens, texts, strict=True)
+            if loaded.vocabulary.decode(ours) != text
         ]
-        theirs = model.listen([dataset.raw(i).numpy() for i in indices])
-        distance = max(distance, logit_distance(loaded, memory, theirs, found, model))
+        onnx_memory = model.listen([dataset.raw(i).numpy() for i in indices])
+        distance = max(distance, logit_distance(loaded, memory, onnx_memory, tokens, model))
     return different, distance, seconds
 
 
 def logit_distance(
-    loaded: Loaded, memory: Memory, theirs: dict[str, np.ndarray], texts: list[list[int]], model: Recogniser
+    loaded: Loaded, memory: Memory, onnx_memory: dict[str, np.ndarray], texts: list[list[int]], model: Recogniser
 ) -> float:
-    """Return the largest difference of the logits of any step, of a batch whose texts are spelt by both.
+    """Return the largest difference between the logits of both spellers, with teacher forcing, in a batch.
 
-    memory and theirs: what the listener of las_fast and that in ONNX return.
+    Args:
+        memory:      from the listener of las_fast.
+        onnx_memory: from the listener in ONNX.
+        texts:       tokens of each utterance, without <sos> and <eos>.
     """
     inputs = model.speller.get_inputs()[4:]
     state = {one.name: np.zeros((len(texts), 1, one.shape[2]), np.float32) for one in inputs}
-    ours, distance = loaded.model.start(memory, 1), 0.0
+    las_state, distance = loaded.model.start(memory, 1), 0.0
     steps = torch.nn.utils.rnn.pad_sequence([torch.tensor([SOS, *text]) for text in texts], padding_value=EOS)
-    spelt = torch.tensor([len(text) for text in texts])
+    lengths = torch.tensor([len(text) for text in texts])
     for i, tokens in enumerate(steps):
-        expected, _, ours = loaded.model.step(tokens[:, None], ours, memory)
-        logits, _, *after = model.speller.run(None, {"tokens": tokens[:, None].numpy(), **theirs, **state})
+        expected, _, las_state = loaded.model.step(tokens[:, None], las_state, memory)
+        logits, _, *after = model.speller.run(None, {"tokens": tokens[:, None].numpy(), **onnx_memory, **state})
         state = dict(zip(state, after, strict=True))
-        rows = spelt >= i
+        rows = lengths >= i  # utterances that have not ended
         # Without <pad> and <sos>: their logits are about -1e4, where float32 has steps of 1e-3.
         distance = max(distance, float((expected - torch.from_numpy(logits)).abs()[rows, :, EOS:].max()))
     return distance

@@ -1,12 +1,14 @@
-"""Load the service of las_fast.serve on loopback, and check every answer.
+"""Send a load of requests to las_fast.serve on this machine, and check every answer.
 
     python -m benchmarks.serve --data FOLDER [--requests 1000] [--clients 50] [--record]
 
-Two services run, one that decodes requests together and one that decodes segments one at a time. First each gets short
-recordings alternately, also from a client that waits for each answer; this gives the speedup of batching, in time and
-in CPU time. Then the first gets --requests requests from --clients clients: GOOD of them recordings, the others too
-large, malformed, or aborted. Each answer must have the documented status, each text must be that of
-Recogniser.transcribe, memory must stay flat, and no file may be left behind.
+First, two services get short recordings alternately: one decodes segments in batches, the other one at a time. The
+first is also measured with a single client that waits for each answer. This gives the speedup of batching, in time and
+in CPU time.
+
+Then the first service gets --requests requests from --clients clients. A share of GOOD are recordings; the others are
+too large, malformed or aborted. Each answer must have the documented status, each text must be that of
+Recogniser.transcribe, and no file may be left behind. The memory of the first and last third is reported.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ FILE = RESULTS / "serve.csv"
 COLUMNS = (*CONTEXT, "load", "checkpoint", "clients", "quantity", "value", "unit")
 PATH = "/v1/audio/transcriptions"
 GOOD = 0.75  # share of the requests that are recordings
-KINDS = ("oversize", "not audio", "cut off", "wrong model", "aborted upload", "aborted wait")  # of the others
+KINDS = ("oversize", "not audio", "cut off", "wrong model", "aborted upload", "aborted wait")  # of the other requests
 EXPECTED = {"good": 200, "oversize": 413, "not audio": 400, "cut off": 400, "wrong model": 404}
 LIMIT_MB = 1  # --max-megabytes of the service
 SECONDS = (1.0, 5.0)  # of the recordings
 ROUNDS, REQUESTS_PER_ROUND = 3, 60  # of the comparison
+MIN_REQUESTS = 20  # of the mixed load, for its percentiles
+STOP_SECONDS = 60  # for a service to finish its requests
 
 
 @dataclass
@@ -90,34 +94,45 @@ def started(checkpoint: str, *options: str) -> Iterator[Service]:
             yield Service(process, url[0], Path(folder))
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def recordings(folder: Path, count: int) -> list[bytes]:
-    """Return the files of `count` short recordings below a folder, the same ones each time."""
+    """Return the contents of `count` short recordings below a folder, always the same ones."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in (".ogg", ".flac", ".wav"))
     random.Random(0).shuffle(paths)
-    short = (path for path in paths if SECONDS[0] <= soundfile.info(path).duration <= SECONDS[1])
+    short = (path for path in paths if SECONDS[0] <= _duration(path) <= SECONDS[1])
     files = [path.read_bytes() for path, _ in zip(short, range(count), strict=False)]
     if len(files) < count:
         raise InputError(f"{folder} has {len(files)} recordings of 1 to 5 seconds; this needs {count}")
     return files
 
 
+def _duration(path: Path) -> float:
+    try:
+        return soundfile.info(path).duration
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"{path} cannot be read ({error.error_string}); remove it") from None
+
+
 @dataclass
 class Load:
-    """Requests of several clients to one service, and what came back."""
+    """Requests of several clients to one service, and their answers."""
 
     service: Service
     files: list[bytes]
     texts: list[str]
     problems: list[str] = field(default_factory=list)
     statuses: Counter = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)  # of the good requests
+    seconds: list[float] = field(default_factory=list)  # duration of each good request
     memory: list[float] = field(default_factory=list)  # MB, after each request
 
     async def run(self, kinds: list[str], clients: int) -> float:
-        """Send a request of each kind, from `clients` clients; return the seconds."""
+        """Send one request for each of `kinds`, from `clients` clients at once; return the duration in seconds."""
         waiting = list(enumerate(kinds))[::-1]
         began = time.monotonic()
         limits = httpx.Limits(max_connections=clients)
@@ -154,7 +169,7 @@ class Load:
             self.problems.append(f"{kind}: {response.text}")
 
     async def _abort(self, http: httpx.AsyncClient, file: bytes, kind: str) -> None:
-        """Break the connection while the file is sent, or while the answer is waited for."""
+        """Break the connection in the middle of the upload, or while waiting for the answer."""
         host, port = http.base_url.host, http.base_url.port
         _, writer = await asyncio.open_connection(host, port)
         body = _form(file)
@@ -183,7 +198,7 @@ async def _post(http: httpx.AsyncClient, file: bytes, kind: str) -> httpx.Respon
 
 
 def mixed(count: int) -> list[str]:
-    """Return the kinds of `count` requests in random order, the same each time."""
+    """Return the kinds of `count` requests, in an order that is random but always the same."""
     good = round(GOOD * count)
     kinds = ["good"] * good + [KINDS[i % len(KINDS)] for i in range(count - good)]
     random.Random(1).shuffle(kinds)
@@ -191,7 +206,7 @@ def mixed(count: int) -> list[str]:
 
 
 def compare(batched: Service, single: Service, files: list[bytes], texts: list[str], clients: int) -> list[tuple]:
-    """Return rows with the requests per second: of both services, and of a single client; measured alternately."""
+    """Measure both services, and a single client, in turn; return rows (load, quantity, value, unit)."""
     ways = {
         "batched": (batched, clients),
         "a segment at a time": (single, clients),
@@ -221,7 +236,7 @@ def compare(batched: Service, single: Service, files: list[bytes], texts: list[s
 
 
 def stress(service: Service, files: list[bytes], texts: list[str], requests: int, clients: int) -> list[tuple]:
-    """Return rows about a mixed load; raise InputError if an answer is wrong or anything is left behind."""
+    """Return rows about a mixed load; raise InputError if an answer is wrong or a file is left behind."""
     load = Load(service, files, texts)
     open_before = service.open_files()
     elapsed = asyncio.run(load.run(mixed(requests), clients))
@@ -250,9 +265,9 @@ def stress(service: Service, files: list[bytes], texts: list[str], requests: int
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder of recordings")
-    parser.add_argument("--checkpoint", default="speech13h")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--checkpoint", default="speech13h", help="run folder, file or released model")
+    parser.add_argument("--requests", type=int, default=1000, help="requests of the mixed load (default: 1000)")
+    parser.add_argument("--clients", type=int, default=50, help="clients at once (default: 50)")
     parser.add_argument("--record", action="store_true", help=f"append the rows to {FILE.name}")
     return parser
 
@@ -260,6 +275,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     options = parser().parse_args(argv)
+    if options.requests < MIN_REQUESTS:
+        raise InputError(f"--requests must be at least {MIN_REQUESTS}; got {options.requests}")
+    if options.clients < 1:
+        raise InputError(f"--clients must be at least 1; got {options.clients}")
     files = recordings(options.data, REQUESTS_PER_ROUND)
     model = las_fast.load(options.checkpoint)
     texts = [transcript.text for _, transcript in model.transcribe_all(map(io.BytesIO, files), warn=lambda _: None)]

@@ -1,4 +1,4 @@
-"""Synthetic recordings and lengths, distributed like read speech, for benchmarks that need no real words."""
+"""Noise and lengths like those of read speech, for benchmarks that need no words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from las_fast import checkpoint
 from las_fast.config import load_config
 
 RATE = 16000  # Hz
-LETTERS_PER_FRAME = 0.116  # 11.6 characters per second
+LETTERS_PER_FRAME = 0.116  # of a feature frame: 11.6 characters per second
 FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "ogg": ("OGG", "OPUS")}
 
 
@@ -29,13 +29,13 @@ def audiobook_frame_counts(count: int) -> np.ndarray:
 
 
 def write_recordings(folder: Path, suffix: str, frame_counts: Sequence[int]) -> list[Path]:
-    """Write one recording of noise per frame count, with the spectrum and syllable rate of speech; return the paths."""
+    """Write noise with the spectrum and syllable rate of speech, one recording per frame count; return the paths."""
     import soundfile
 
     generator = np.random.default_rng(1)
     paths = []
     for i, count in enumerate(frame_counts):
-        samples = int(count) * RATE // 100 + 240
+        samples = int(count) * RATE // 100 + 240  # windows of 400 every 160
         noise = np.convolve(generator.normal(size=samples), np.exp(-np.arange(64) / 8), "same")
         syllables = 0.55 + 0.45 * np.sin(2 * np.pi * 4 * np.arange(samples) / RATE)
         wave = 0.1 * noise * syllables / noise.std()
@@ -46,7 +46,7 @@ def write_recordings(folder: Path, suffix: str, frame_counts: Sequence[int]) -> 
 
 
 def write_manifest(folder: Path, suffix: str, frame_counts: Sequence[int]) -> Path:
-    """Write recordings and their manifest, all in split dev; return the manifest's path."""
+    """Write recordings and a manifest with all of them in split dev; return the path of the manifest."""
     (folder / "audio").mkdir(parents=True)
     paths = write_recordings(folder / "audio", suffix, frame_counts)
     lines = ["id\tpath\tsplit\ttranscript", *(f"{p.stem}\taudio/{p.name}\tdev\tMADE UP" for p in paths)]
@@ -56,7 +56,10 @@ def write_manifest(folder: Path, suffix: str, frame_counts: Sequence[int]) -> Pa
 
 
 def write_untrained_checkpoint(path: Path) -> Path:
-    """Write an untrained checkpoint of preset speech13h whose hypotheses are as long as speech's; return its path."""
+    """Write an untrained checkpoint of preset speech13h; return its path.
+
+    The limits on lengths give its hypotheses the usual number of characters per second.
+    """
     config = load_config("speech13h")
     share = {"minimum_share": LETTERS_PER_FRAME, "maximum_share": LETTERS_PER_FRAME, "maximum_extra": 0}
     config = dataclasses.replace(config, decoding=dataclasses.replace(config.decoding, **share))

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import re
 import subprocess
 import sys
 import wave
@@ -14,7 +15,9 @@ import onnxruntime
 import pytest
 import torch
 from tiny_checkpoints import make_checkpoint
+from tiny_corpora import make_archive
 
+from benchmarks import onnx_texts
 from las_fast import checkpoint, export
 from las_fast.config import DecodingConfig, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.dataset import Statistics, normalise
@@ -293,3 +296,18 @@ def test_settings_that_do_not_fit_the_model_are_refused(tmp_path):
     with pytest.raises(InputError, match="decoding.ctc_weight needs a model with a CTC head"):
         run_export(path, tmp_path / "a.onnx", "--format", "onnx", "--decoding.ctc-weight", "0.5")
     assert list(tmp_path.iterdir()) == [path]
+
+
+# -------------------------------------------------------------------------------------------------------- The benchmark
+
+
+def test_the_benchmark_compares_texts_and_logits(tmp_path, capsys, monkeypatch):
+    path = make_checkpoint(tmp_path)
+    argv = ["--checkpoint", str(path), "--data", str(make_archive(tmp_path / "data", "F23"))]
+    onnx_texts.main(argv)
+    first, second = capsys.readouterr().out.splitlines()
+    count, distance = re.fullmatch(r"(\d+) utterances, \d+ s: 0 texts differ, logits by at most (\S+)", first).groups()
+    assert int(count) > 0 and float(distance) < 1e-4 and "onnxruntime" in second
+    monkeypatch.setattr(onnx_greedy.Recogniser, "greedy", lambda self, utterances: ["?"] * len(utterances))
+    with pytest.raises(InputError, match="the texts of .* differ; report a bug of export --format onnx"):
+        onnx_texts.main(argv)

@@ -63,6 +63,24 @@ def test_a_file_left_behind_is_an_error(service, files, texts):
         bench.stress(service, files, texts, 6, 3)
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--requests", "19"], "--requests must be at least 20; got 19"),
+        (["--clients", "0"], "--clients must be at least 1; got 0"),
+    ],
+)
+def test_too_small_a_load_is_refused(tmp_path, argv, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        bench.main(["--data", str(tmp_path), *argv])
+
+
+def test_a_recording_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "bad.wav").write_bytes(b"not audio")
+    with pytest.raises(InputError, match=r"bad.wav cannot be read \(.*\); remove it"):
+        bench.recordings(tmp_path, 1)
+
+
 def test_recordings_are_short(tmp_path, files):
     (tmp_path / "short.wav").write_bytes(files[1])
     (tmp_path / "shorter.wav").write_bytes(files[0])
