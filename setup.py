@@ -50,27 +50,26 @@ def extension() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         return skip("torch is not importable", "run pip install torch setuptools")
-    module = CppExtension(
-        "las_fast._C",
-        SOURCES,
-        depends=HEADERS,
-        extra_compile_args={"cxx": FLAGS},
-        extra_link_args=["-fopenmp"],
-        py_limited_api=True,
-    )
-    # One folder per version of torch: setuptools does not rebuild an extension that is newer than its sources.
-    base = Path("build", f"torch-{torch.__version__}")
-    if "bdist_wheel" in sys.argv:
-        shutil.rmtree(base / "lib", ignore_errors=True)  # it may hold modules that las_fast no longer has
+    flags = {"extra_compile_args": {"cxx": FLAGS}, "extra_link_args": ["-fopenmp"]}
+    module = CppExtension("las_fast._C", SOURCES, depends=HEADERS, py_limited_api=True, **flags)
     return {
         "install_requires": build_backend.runtime_dependencies(torch.__version__),
         "ext_modules": [module],
         "cmdclass": {"build_ext": BuildExtension},
-        "options": {
-            "build": {"build_base": str(base), "build_lib": str(base / "lib")},
-            "build_ext": {"inplace": "build_ext" in sys.argv},
-            "bdist_wheel": {"py_limited_api": "cp310"},
-        },
+        "options": build_options(torch.__version__),
+    }
+
+
+def build_options(torch_version: str) -> dict:
+    """Return the options of setuptools' commands."""
+    # One folder per version of torch: setuptools does not rebuild an extension that is newer than its sources.
+    base = Path("build", f"torch-{torch_version}")
+    if "bdist_wheel" in sys.argv:
+        shutil.rmtree(base / "lib", ignore_errors=True)  # it may hold modules that las_fast no longer has
+    return {
+        "build": {"build_base": str(base), "build_lib": str(base / "lib")},
+        "build_ext": {"inplace": "build_ext" in sys.argv},
+        "bdist_wheel": {"py_limited_api": "cp310"},
     }
 
 

@@ -222,6 +222,11 @@ def compare(batched: Service, single: Service, files: list[bytes], texts: list[s
             if load.problems:
                 raise InputError(f"{len(load.problems)} requests failed, the first with {load.problems[0]}")
             print(f"{way}: {REQUESTS_PER_ROUND / elapsed:.2f} requests per second, {cpu:.1f} CPU seconds")
+    return _comparison_rows(times)
+
+
+def _comparison_rows(times: dict[str, list[tuple[float, float]]]) -> list[tuple]:
+    """Return the rows of `compare` for each way, given the seconds and CPU seconds per request in each round."""
     rows: list[tuple] = []
     for way, pairs in times.items():
         wall, cpu = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -82,7 +82,6 @@ def test_utterances_of_a_cue_are_counted_by_their_middles():
     [
         (["--minutes", "0"], "--minutes must be from 0.1 to 600; got 0"),
         (["--minutes", "nan"], "--minutes must be from 0.1 to 600; got nan"),
-        (["--source", "nowhere"], "no path of --split dev contains 'nowhere'; give another --source"),
     ],
 )
 def test_wrong_options_are_one_sentence(manifest, argv, message):

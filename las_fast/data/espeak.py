@@ -6,17 +6,18 @@ import _ctypes
 import ctypes
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from las_fast.errors import InputError
 
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")  # eSpeak NG names of English accents
-MAX_PATH_BYTES = 120  # eSpeak NG cuts paths at 160 bytes; the rest is for file names in its data folder
+MAX_PATH_BYTES = 120  # of the data folder: eSpeak NG cuts the paths of the files in it at 160 bytes
 
 
 def load_espeak():
-    """Import espeakng_loader, which knows where the library and its data are; InputError if it is not installed."""
+    """Import espeakng_loader, which has the paths of the library and its data; raise InputError if it is missing."""
     try:
         import espeakng_loader
     except ImportError:
@@ -38,10 +39,10 @@ class Synthesiser:
 
     RATE, PITCH, RANGE = 1, 3, 4  # of the enum espeak_PARAMETER
     CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    _is_open = False  # in this process
+    _open: ClassVar[Synthesiser | None] = None  # the one that is open
 
     def __init__(self):
-        if Synthesiser._is_open:
+        if Synthesiser._open is not None:
             raise RuntimeError("another Synthesiser is open in this process; close it first")
         loader = load_espeak()
         try:
@@ -49,7 +50,7 @@ class Synthesiser:
         except OSError as error:
             raise InputError(f"eSpeak NG does not load ({error}); reinstall it: pip install --force-reinstall "
                              "espeakng-loader") from None  # fmt: skip
-        Synthesiser._is_open, self._link = True, None
+        Synthesiser._open, self._link = self, None
         try:
             self._initialise(Path(loader.get_data_path()))
         except BaseException:
@@ -67,11 +68,11 @@ class Synthesiser:
         self._chunks: list[np.ndarray] = []
         self._callback = self.CALLBACK(self._collect)  # keep a reference: the library holds a bare pointer
         self._library.espeak_SetSynthCallback(self._callback)
-        # by default the time of day seeds the noise of breathy voices
+        # By default, the time of day seeds the noise of breathy voices.
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
 
     def _short_path(self, data: Path) -> Path:
-        """Return a path to the data folder shorter than MAX_PATH_BYTES, through a temporary link if needed."""
+        """Return the path of the data folder, or of a temporary link to it if the path has MAX_PATH_BYTES or more."""
         if len(str(data).encode()) < MAX_PATH_BYTES:
             return data
         self._link = tempfile.TemporaryDirectory(prefix="espeak")
@@ -81,11 +82,11 @@ class Synthesiser:
 
     def close(self) -> None:
         """Unload the library and remove the link; later calls do nothing."""
-        if self._library is None:
+        if Synthesiser._open is not self:
             return
+        Synthesiser._open = None
         self._library.espeak_Terminate()
         _ctypes.dlclose(self._library._handle)
-        self._library, Synthesiser._is_open = None, False
         if self._link is not None:
             self._link.cleanup()
 
@@ -101,17 +102,17 @@ class Synthesiser:
         return 0
 
     def speak(self, text: str, voice: str, *, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
-        """Speak text; returns (N,) float32 samples from -1 to 1 at self.sample_rate.
+        """Return the speech of a text, (N,) float32 samples from -1 to 1 at self.sample_rate.
 
         Args:
-            voice:              ACCENT+SPEAKER.
+            voice:              ACCENT+SPEAKER, such as en-us+m1.
             rate:               words per minute, 80 to 450.
             pitch, pitch_range: 0 to 100; eSpeak NG's default is 50.
 
         Raises:
             InputError: the voice is missing, or eSpeak NG produces no sound.
         """
-        # eSpeak NG would silently replace an unknown speaker by its default voice
+        # eSpeak NG would silently replace an unknown speaker by its default voice.
         if not (self._data / "voices" / "!v" / voice.partition("+")[2]).is_file():
             raise InputError(f"{self._data} lacks the eSpeak NG voice {voice}; reinstall espeakng-loader")
         if self._library.espeak_SetVoiceByName(voice.encode()):

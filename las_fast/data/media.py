@@ -14,7 +14,7 @@ from las_fast.data.containers import Source, Stream, foreign_format
 from las_fast.data.decoder import UNKNOWN_COUNT, SoundStream
 
 INSTALL = "pip install av"
-# The demuxer of each format of magic.FOREIGN. Without a name FFmpeg would try all of its demuxers, among them those of
+# FFmpeg's demuxers of the formats of magic.FOREIGN. Without a name FFmpeg would try all demuxers, among them those of
 # playlists, which open other files.
 DEMUXERS = {
     "MPEG-4 (m4a, mp4, mov)": "mov",

@@ -61,7 +61,7 @@ class PlannedUtterance:
     """One recording to synthesise."""
 
     split: str
-    name: str
+    name: str  # of its files, without the suffix
     text: str
     voice: str  # ACCENT+SPEAKER
     number: int  # index in the corpus; seeds rate, pitch, volume and noise
@@ -181,11 +181,7 @@ def generate(
             processes fails.
     """
     root = Path(root)
-    for name, size in (("train", train), ("dev", dev), ("test", test)):
-        if not 1 <= size <= 99999:
-            raise InputError(f"--{name} must be from 1 to 99999 utterances; got {size}")
-    if root.exists() and not (root / "corpus.json").is_file() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(f"{root} contains something other than a spoken corpus; give --out a new folder")
+    _check_arguments(root, {"train": train, "dev": dev, "test": test})
     corpus_settings = settings(train=train, dev=dev, test=test, seed=seed)
     is_new = not root.exists()
     root.mkdir(parents=True, exist_ok=True)
@@ -200,6 +196,15 @@ def generate(
         if is_new and not any(root.iterdir()):
             root.rmdir()
     return root / ARCHIVE
+
+
+def _check_arguments(root: Path, sizes: dict[str, int]) -> None:
+    """Raise InputError if a size is out of range, or root contains something other than a spoken corpus."""
+    for name, size in sizes.items():
+        if not 1 <= size <= 99999:
+            raise InputError(f"--{name} must be from 1 to 99999 utterances; got {size}")
+    if root.exists() and not (root / "corpus.json").is_file() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError(f"{root} contains something other than a spoken corpus; give --out a new folder")
 
 
 def _replace_contents(root: Path, new: Path) -> None:
@@ -275,11 +280,12 @@ def _start(context, function: Callable, task) -> tuple:
 
 
 def _send(pipe, function: Callable, task) -> None:
+    """Send function(task); run in a process of its own."""
     pipe.send(function(task))
 
 
 def _receive(pipe, process):
-    """Receive the result of a process; InputError if it ended without one."""
+    """Receive the result of a process and wait for its end; raise InputError if it ended without a result."""
     try:
         result = pipe.recv()
     except EOFError:
@@ -351,7 +357,7 @@ def read_test_transcripts(root: str | Path) -> dict[str, tuple[str, float]]:
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """Add --train, --dev, --test and --seed with generate's defaults."""
+    """Add the options --train, --dev, --test and --seed, with the defaults of `generate`."""
     for name, default, what in (
         ("train", 2400, "training utterances"), ("dev", 120, "development utterances"),
         ("test", 200, "test utterances"), ("seed", 1, "seed of sentences, voices and noise"),
@@ -360,7 +366,8 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m las_fast.data.spoken", description="Generate a spoken corpus.")
+    """Run the command; see --help."""
+    parser = Parser(prog="python -m las_fast.data.spoken", description="Generate a speech corpus with eSpeak NG.")
     parser.add_argument("--out", required=True, help="folder for the corpus")
     add_sizes(parser)
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")

@@ -13,12 +13,12 @@ MEGABYTE = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for."""
+    """Limits on a request, and on the number of requests."""
 
     max_bytes: int = 25 * MEGABYTE  # of an uploaded file; OpenAI's limit
-    max_seconds: float = 3600.0  # of a recording
-    timeout: float = 600.0  # seconds for a request, upload included
-    queue: int = 64  # requests at a time
+    max_seconds: float = 3600.0  # seconds of a recording
+    timeout: float = 600.0  # seconds of a request, upload included
+    queue: int = 64  # requests at a time, uploads included
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -160,7 +160,7 @@ def test_speech_is_at_most_50_db_below_its_level():
     assert true_runs(find_speech(energy, CONFIG)) == [(500, 600), (800, 820)]
 
 
-def test_spans_are_the_runs_of_a_mask():
+def test_true_runs_are_the_runs_of_true_in_a_mask():
     assert true_runs(torch.tensor([True, False, True, True])) == [(0, 1), (2, 4)]
     assert true_runs(torch.tensor([False, True, False])) == [(1, 2)]
     assert true_runs(torch.zeros(3, dtype=torch.bool)) == []
@@ -175,7 +175,7 @@ def test_five_frames_more_than_70_db_below_speech_are_not_usual(depth, frames, i
 
 
 @pytest.mark.parametrize(("silent", "is_usual"), [(39, True), (40, True), (41, False)])
-def test_a_usual_share_of_silence_is_kept(silent, is_usual):
+def test_silence_of_up_to_40_percent_is_usual(silent, is_usual):
     speech = torch.zeros(100, dtype=torch.bool)
     speech[: 100 - silent - round(100 * MARGIN)] = True
     frames = torch.where(speech[:, None], 9.0, 0.0).expand(-1, 23)

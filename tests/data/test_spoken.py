@@ -675,7 +675,7 @@ def test_deferred_signals_arrive_once_or_stay_ignored(ignored):
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_finished_results_of_a_process_are_sent():
+def test_a_process_sends_the_result_of_its_task():
     ours, theirs = multiprocessing.Pipe(duplex=False)
     spoken._send(theirs, str, 5)
     assert ours.recv() == "5"
