@@ -105,6 +105,6 @@ def find_torch() -> bool:
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
     for folder in folders if site.ENABLE_USER_SITE else folders[:2]:
         if Path(folder, "torch", "version.py").is_file():
-            sys.path.append(folder)  # last: setuptools and ninja are those of the isolated environment
+            sys.path.append(folder)  # at the end: setuptools and ninja must be those of the isolated environment
             return True
     return False

@@ -23,7 +23,7 @@ FLAGS = [
 ]  # fmt: skip
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
-PACKAGING = {"bdist_wheel", "install", "develop", "editable_wheel", "dist_info"}
+PACKAGING_COMMANDS = {"bdist_wheel", "install", "develop", "editable_wheel", "dist_info"}
 
 
 def skip(reason: str, remedy: str) -> dict:
@@ -39,7 +39,7 @@ def skip(reason: str, remedy: str) -> dict:
 
 def extension() -> dict:
     """Return the arguments of setup() that depend on the extension."""
-    is_needed = {"build_ext", *PACKAGING} & set(sys.argv) and build_backend.extension != "skip"
+    is_needed = {"build_ext", *PACKAGING_COMMANDS} & set(sys.argv) and build_backend.extension != "skip"
     if not is_needed:
         return {"install_requires": build_backend.runtime_dependencies(None)}
     if missing := missing_for_build():

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespace) -> dict:
-    """Transcribe the interview by the command, and its utterances at their true boundaries; return a row."""
+    """Transcribe the interview with the command, and each of its utterances separately; return a row."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "interview.wav")
         soundfile.write(path, samples, RATE)

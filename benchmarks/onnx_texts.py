@@ -99,8 +99,8 @@ def logit_distance(
     lengths = torch.tensor([len(text) for text in texts])
     for i, tokens in enumerate(steps):
         expected, _, las_state = loaded.model.step(tokens[:, None], las_state, memory)
-        logits, _, *after = model.speller.run(None, {"tokens": tokens[:, None].numpy(), **onnx_memory, **state})
-        state = dict(zip(state, after, strict=True))
+        logits, _, *new_state = model.speller.run(None, {"tokens": tokens[:, None].numpy(), **onnx_memory, **state})
+        state = dict(zip(state, new_state, strict=True))
         rows = lengths >= i  # utterances that have not ended
         # Without <pad> and <sos>: their logits are about -1e4, where float32 has steps of 1e-3.
         distance = max(distance, float((expected - torch.from_numpy(logits)).abs()[rows, :, EOS:].max()))

@@ -6,8 +6,8 @@ First, two services get short recordings alternately: one decodes segments in ba
 first is also measured with a single client that waits for each answer. This gives the speedup of batching, in time and
 in CPU time.
 
-Then the first service gets --requests requests from --clients clients. A share of GOOD are recordings; the others are
-too large, malformed or aborted. Each answer must have the documented status, each text must be that of
+Then the first service gets --requests requests from --clients clients. GOOD_SHARE of them have valid recordings; the
+others are too large, malformed or aborted. Each answer must have the documented status, each text must be that of
 Recogniser.transcribe, and no file may be left behind. The memory of the first and last third is reported.
 """
 
@@ -41,11 +41,11 @@ from las_fast.errors import InputError
 FILE = RESULTS / "serve.csv"
 COLUMNS = (*CONTEXT, "load", "checkpoint", "clients", "quantity", "value", "unit")
 PATH = "/v1/audio/transcriptions"
-GOOD = 0.75  # share of the requests that are recordings
+GOOD_SHARE = 0.75  # of the requests: valid recordings
 KINDS = ("oversize", "not audio", "cut off", "wrong model", "aborted upload", "aborted wait")  # of the other requests
 EXPECTED = {"good": 200, "oversize": 413, "not audio": 400, "cut off": 400, "wrong model": 404}
-LIMIT_MB = 1  # --max-megabytes of the service
-SECONDS = (1.0, 5.0)  # of the recordings
+MAX_MEGABYTES = 1  # --max-megabytes of the service
+RECORDING_SECONDS = (1.0, 5.0)  # minimum and maximum
 ROUNDS, REQUESTS_PER_ROUND = 3, 60  # of the comparison
 MIN_REQUESTS = 20  # of the mixed load, for its percentiles
 STOP_SECONDS = 60  # for a service to finish its requests
@@ -83,7 +83,7 @@ def started(checkpoint: str, *options: str) -> Iterator[Service]:
     """Run `las-fast serve` on a free port."""
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, "-m", "las_fast", "serve", "--port", "0", "--checkpoint", checkpoint]
-        argv += ["--max-megabytes", str(LIMIT_MB), *options]
+        argv += ["--max-megabytes", str(MAX_MEGABYTES), *options]
         environment = {**os.environ, "TMPDIR": folder}
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment)
         try:
@@ -105,7 +105,7 @@ def recordings(folder: Path, count: int) -> list[bytes]:
     """Return the contents of `count` short recordings below a folder, always the same ones."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in (".ogg", ".flac", ".wav"))
     random.Random(0).shuffle(paths)
-    short = (path for path in paths if SECONDS[0] <= _duration(path) <= SECONDS[1])
+    short = (path for path in paths if RECORDING_SECONDS[0] <= _duration(path) <= RECORDING_SECONDS[1])
     files = [path.read_bytes() for path, _ in zip(short, range(count), strict=False)]
     if len(files) < count:
         raise InputError(f"{folder} has {len(files)} recordings of 1 to 5 seconds; this needs {count}")
@@ -191,7 +191,7 @@ async def _post(http: httpx.AsyncClient, file: bytes, kind: str) -> httpx.Respon
         headers = {"content-type": "multipart/form-data; boundary=x"}
         return await http.post(PATH, content=_form(file)[:-30], headers=headers)
     if kind == "oversize":
-        file = bytes(LIMIT_MB * 2**20 + 1)
+        file = bytes(MAX_MEGABYTES * 2**20 + 1)
     elif kind == "not audio":
         file = random.Random(len(file)).randbytes(len(file))
     return await http.post(PATH, files={"file": file}, data={"model": "nothing" if kind == "wrong model" else ""})
@@ -199,7 +199,7 @@ async def _post(http: httpx.AsyncClient, file: bytes, kind: str) -> httpx.Respon
 
 def mixed(count: int) -> list[str]:
     """Return the kinds of `count` requests, in an order that is random but always the same."""
-    good = round(GOOD * count)
+    good = round(GOOD_SHARE * count)
     kinds = ["good"] * good + [KINDS[i % len(KINDS)] for i in range(count - good)]
     random.Random(1).shuffle(kinds)
     return kinds
@@ -234,9 +234,9 @@ def _comparison_rows(times: dict[str, list[tuple[float, float]]]) -> list[tuple]
                  ("recordings", f"CPU time per request, {way}", cpu, "s")]  # fmt: skip
         ratios = [[b / a for a, b in zip(*pair, strict=True)] for pair in zip(times["batched"], pairs, strict=True)]
         if way != "batched":
-            speedup, saving = (statistics.median(column) for column in zip(*ratios, strict=True))
+            speedup, cpu_ratio = (statistics.median(column) for column in zip(*ratios, strict=True))
             rows += [("recordings", f"speedup by batching against {way}", speedup, ""),
-                     ("recordings", f"CPU time against batched, {way}", saving, "")]  # fmt: skip
+                     ("recordings", f"CPU time against batched, {way}", cpu_ratio, "")]  # fmt: skip
     return rows
 
 
@@ -253,13 +253,13 @@ def stress(service: Service, files: list[bytes], texts: list[str], requests: int
         first = load.problems[0] if load.problems else left or "open files"
         raise InputError(f"{len(load.problems)} wrong answers; {len(left)} files left; the first: {first}")
     third = len(load.memory) // 3
-    centiles = statistics.quantiles(load.seconds, n=100)
+    percentiles = statistics.quantiles(load.seconds, n=100)
     values = (
         ("requests", requests, ""),
         ("duration", elapsed, "s"),
         ("requests per second", requests / elapsed, "1/s"),
-        ("median time of a recording", centiles[49], "s"),
-        ("99th percentile", centiles[98], "s"),
+        ("median time of a recording", percentiles[49], "s"),
+        ("99th percentile", percentiles[98], "s"),
         ("wrong answers", 0, ""),
         ("memory in the first third", max(load.memory[:third]), "MB"),
         ("memory in the last third", max(load.memory[-third:]), "MB"),

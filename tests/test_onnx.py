@@ -143,14 +143,14 @@ def test_steps_of_the_speller_equal_those_of_torch_for_any_beam(tmp_path, name):
         tokens = torch.randint(0, loaded.model.vocabulary_size, (len(COUNTS), beam), generator=generator)
         with torch.inference_mode():
             logits, read, state = loaded.model.step(tokens, state, memory)
-        actual, attended, *after = speller.run(None, {"tokens": tokens.numpy(), **fixed, **fed})
+        actual, attended, *new_state = speller.run(None, {"tokens": tokens.numpy(), **fixed, **fed})
         torch.testing.assert_close(torch.from_numpy(actual), logits, **CLOSE)
         assert np.array_equal(attended, read.peaks.numpy())
         expected = [*itertools.chain(*zip(state.hidden, state.cell, strict=True)), state.context]
-        for one, other in zip(after, expected, strict=True):
+        for one, other in zip(new_state, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(one), other, **CLOSE)
         assert [one.name for one in speller.get_outputs()][2:] == [f"next_{name}" for name in names]
-        fed = dict(zip(names, after, strict=True))
+        fed = dict(zip(names, new_state, strict=True))
 
 
 def write_model(folder, loaded, settings=None):

@@ -69,7 +69,7 @@ def test_without_the_headers_of_python_setup_says_so_in_one_line_and_succeeds():
 import sysconfig; real = sysconfig.get_path
 sysconfig.get_path = lambda name, *a, **k: '/nowhere' if name == 'include' else real(name, *a, **k)
 """
-    done = run_setup(code, CXX=sys.executable)  # any existing program: nothing is compiled
+    done = run_setup(code, CXX=sys.executable)  # nothing is compiled: any program will do
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert line.startswith("las_fast: Python's headers are missing (/nowhere/Python.h)") and "python3-dev" in line
@@ -170,7 +170,7 @@ def test_pip_gets_torch_only_if_the_environment_has_none():
     )
     torch = next(line for line in DEPENDENCIES if line.startswith("torch"))
     for code, expected in ((isolated, "[]"), (isolated + empty, f"[{torch!r}]")):
-        assert backend(code + requires, CXX=sys.executable) == (expected, "")  # any program: nothing is compiled
+        assert backend(code + requires, CXX=sys.executable) == (expected, "")  # nothing is compiled
     assert backend(requires.replace("{}", "{'extension': 'skip'}"), CXX="no-such-compiler") == ("[]", "")
 
 

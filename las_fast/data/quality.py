@@ -25,8 +25,9 @@ class SignalQuality:
         self.samples = self.clipped = 0
         self.low = self.high = 0.0  # energy of the speech band and of the upper band
         self.floor = 0.0  # energy of 16-bit rounding in the upper band
-        hertz = np.fft.rfftfreq(WINDOW, 1 / sample_rate)
-        self.speech_bins, self.upper_bins = (hertz > 300) & (hertz < 3400), (hertz > 4400) & (hertz < 7600)
+        frequencies = np.fft.rfftfreq(WINDOW, 1 / sample_rate)
+        self.speech_bins = (frequencies > 300) & (frequencies < 3400)
+        self.upper_bins = (frequencies > 4400) & (frequencies < 7600)
         self.taper = np.hanning(WINDOW).astype(np.float32)
         # Three times the expected energy per window: rounding to steps of 1/32768 has a variance of step**2 / 12
         self.rounding = 3 * self.upper_bins.sum() * float(np.square(self.taper).sum()) / 12 / 32768**2

@@ -32,15 +32,16 @@ def find_recordings(paths: list[Path]) -> list[Path]:
 
 def _expand(path: Path) -> Iterator[Path]:
     if str(path) != "-" and path.is_dir():
-        yield from _required(list(_walk(path, set())), f"{show(path)} has no recordings in it or its subfolders")
+        yield from _not_empty(list(_walk(path, set())), f"{show(path)} has no recordings in it or its subfolders")
     elif str(path) != "-" and glob.has_magic(str(path)) and not os.path.lexists(path):
         matches = sorted(Path(name) for name in glob.iglob(str(path), recursive=True) if is_recording(Path(name)))
-        yield from _required(matches, f"no recording matches {show(path)}")
+        yield from _not_empty(matches, f"no recording matches {show(path)}")
     else:
         yield path
 
 
-def _required(recordings: list[Path], problem: str) -> list[Path]:
+def _not_empty(recordings: list[Path], problem: str) -> list[Path]:
+    """Return the recordings; raise InputError if there are none."""
     if not recordings:
         raise InputError(f"{problem}; give files such as wav, flac, ogg, mp3 or m4a")
     return recordings

@@ -39,8 +39,8 @@ class Recogniser:
             state[one.name] = np.zeros((rows, 1, one.shape[2]), np.float32)
         last, ended, tokens = np.full((rows, 1), settings["sos"]), np.zeros(rows, bool), []
         for step in range(limits.max() + 1):
-            logits, _, *after = self.speller.run(None, {"tokens": last, **memory, **state})
-            state = dict(zip(state, after, strict=True))
+            logits, _, *new_state = self.speller.run(None, {"tokens": last, **memory, **state})
+            state = dict(zip(state, new_state, strict=True))
             best = np.where(ended | (limits == step), settings["eos"], logits[:, 0].argmax(-1))
             ended |= best == settings["eos"]
             tokens.append(best)

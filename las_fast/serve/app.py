@@ -239,7 +239,7 @@ class Service:
         if error.status != 408:  # do not wait for a slow client once more
             await drain(request, self.limits.max_bytes)
         response = error.response()
-        if not is_received(request):  # what comes next is the rest of the upload, not a request
+        if not is_received(request):  # the next bytes are the rest of the upload, not a request
             response.headers["Connection"] = "close"
         return response
 

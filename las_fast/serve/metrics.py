@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from las_fast.serve.batcher import Batcher
 
-SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)  # upper ends of the histogram's buckets
+BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)  # seconds at the upper ends of the histogram's buckets
 ABORTED = 499  # status that counts requests whose client has disconnected, as in nginx
 
 
@@ -24,7 +24,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         options: dict[str, Any] = {"registry": self.registry, "namespace": "las_fast"}
         self.requests = Counter("requests", "Requests that are finished.", ["path", "status"], **options)
-        self.seconds = Histogram("request_seconds", "Duration of a request.", ["path"], buckets=SECONDS, **options)
+        self.seconds = Histogram("request_seconds", "Duration of a request.", ["path"], buckets=BUCKETS, **options)
         self.in_progress = Gauge("requests_in_progress", "Recordings uploading, waiting or decoding.", **options)
         self.registry.register(_BatcherCollector(batcher))
 

@@ -40,7 +40,7 @@ def parse_request(form: Form, model: str, language: str) -> Request:
     name = "timestamp_granularities[]"
     granularities = [_choice(value, GRANULARITIES, name) for value in form.all(name)]
     if granularities and response_format != "verbose_json":
-        message = f"timestamp_granularities is for response_format verbose_json; got {response_format}"
+        message = f"timestamp_granularities needs response_format verbose_json; got {response_format}"
         raise ApiError(400, message, param="timestamp_granularities")
     _check_temperature(form.get("temperature"))
     stream = _choice(form.get("stream").lower() or "false", ("true", "false", "1", "0"), "stream") in ("true", "1")

@@ -26,7 +26,7 @@ def texts(model, files):
 
 @pytest.fixture(scope="module")
 def limited(model):
-    with running(model, Limits(max_bytes=bench.LIMIT_MB * MEGABYTE)) as one:
+    with running(model, Limits(max_bytes=bench.MAX_MEGABYTES * MEGABYTE)) as one:
         yield one
 
 
