@@ -49,7 +49,7 @@ def open_sound(source: Source, stream: Stream) -> SoundStream | MediaStream:
 
 
 class MediaStream:
-    """The first audio track of a file, with the part of soundfile.SoundFile's interface that Decoder needs.
+    """The first audio track of a file with a known codec; it has the methods of SoundFile that Decoder needs.
 
     Attributes:
         samplerate: in Hz.
@@ -57,7 +57,7 @@ class MediaStream:
         frames:     samples per channel that the file states; more than UNKNOWN_COUNT if it states none.
 
     Raises:
-        RuntimeError: the file has no audio track, or FFmpeg cannot decode it.
+        RuntimeError: the file has no such track, or FFmpeg cannot read the file.
     """
 
     subtype = "PCM_16"  # anything but FLOAT: samples are scaled to -1 to 1
@@ -95,14 +95,16 @@ class MediaStream:
         self._position = 0
 
     def _find_track(self) -> None:
-        if not self._container.streams.audio:
-            raise RuntimeError("it has no audio track")
-        self._track = self._container.streams.audio[0]
-        context = self._track.codec_context
-        self.samplerate, self.channels = context.sample_rate, context.layout.nb_channels
-        if not self.samplerate:
-            raise RuntimeError("no frame can be decoded")
+        """Choose the first audio track whose codec FFmpeg knows."""
+        tracks = [track for track in self._container.streams.audio if track.codec_context is not None]
+        if not tracks:
+            unknown = self._container.streams.audio
+            raise RuntimeError("the codec of its audio track is unknown" if unknown else "it has no audio track")
+        self._track, context = tracks[0], tracks[0].codec_context
         self._layout = context.layout
+        self.samplerate, self.channels = context.sample_rate, self._layout.nb_channels
+        if not self.samplerate or not self.channels:
+            raise RuntimeError("no frame can be decoded")
 
     def _decode(self) -> Iterator[np.ndarray | RuntimeError]:
         """Yield the blocks (n, channels) of the track; an error instead of the block of a damaged packet."""
@@ -132,6 +134,8 @@ class MediaStream:
                 if packet is None:
                     return
                 yield from packet.decode()
+            except IndexError:  # a track began that the file did not have when PyAV opened it
+                packets = self._container.demux(self._track)
             except av.FFmpegError as error:
                 yield RuntimeError(error.strerror)
 

@@ -1,5 +1,6 @@
 """PyAV reads the audio of m4a, mp4, webm and other files that libsndfile does not read."""
 
+import itertools
 import sys
 
 import av
@@ -8,7 +9,7 @@ import pytest
 
 from las_fast.data import media
 from las_fast.data.audio import load_audio, open_recording
-from las_fast.data.containers import magic
+from las_fast.data.containers import Source, magic
 from las_fast.errors import InputError
 
 RATE, SECONDS = 48000, 3.0
@@ -113,6 +114,36 @@ def test_a_film_without_sound_is_refused(tmp_path):
         container.mux(picture.encode(None))
     with pytest.raises(InputError, match="it has no audio track"):
         load_audio(tmp_path / "mute.mp4", 16000)
+
+
+def test_an_unknown_codec_is_refused(tmp_path):
+    path = encode(tmp_path / "a.mkv", tone(), "pcm_s16le")
+    path.write_bytes(path.read_bytes().replace(b"A_PCM/INT/LIT", b"A_XYZ/INT/LIT"))
+    with pytest.raises(InputError, match=r"cannot be decoded \(the codec of its audio track is unknown\)"):
+        load_audio(path, 16000)
+
+
+class GrowingContainer:
+    """A container in which another track begins after five packets; PyAV raises an IndexError there."""
+
+    def __init__(self, container):
+        self.container, self.calls = container, 0
+
+    def demux(self, track):
+        self.calls += 1
+        yield from itertools.islice(self.container.demux(track), 5 if self.calls == 1 else None)
+        if self.calls == 1:
+            raise IndexError("list index out of range")
+
+
+def test_a_track_that_begins_later_loses_nothing(tmp_path):
+    path = encode(tmp_path / "a.mkv", tone(), "pcm_s16le")
+    with path.open("rb") as file, media.MediaStream(Source(file.fileno()), "matroska") as whole:
+        expected = whole.read(whole.frames)
+    with path.open("rb") as file, media.MediaStream(Source(file.fileno()), "matroska") as sound:
+        sound._container = GrowingContainer(sound._container)
+        np.testing.assert_array_equal(sound.read(sound.frames), expected)
+        assert sound._container.calls == 2
 
 
 def test_without_pyav_the_error_says_how_to_get_it(tmp_path, monkeypatch):

@@ -53,6 +53,21 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
         serve.main(["--port", "0"])
 
 
+@pytest.mark.parametrize(
+    ("host", "url", "is_open"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80", False),
+        ("::1", "http://[::1]:80", False),
+        ("0.0.0.0", "http://0.0.0.0:80", True),
+    ],
+)
+def test_the_address_is_printed_with_a_warning_if_other_machines_reach_it(capsys, host, url, is_open):
+    serve.announce("tiny", host, 80)
+    printed = capsys.readouterr()
+    assert printed.out == f"tiny on {url}; Ctrl-C stops\n"
+    assert printed.err.startswith("warning: every machine") if is_open else not printed.err
+
+
 def test_a_wide_nbest_needs_a_wide_beam(tmp_path):
     argv = ["--port", "0", "--checkpoint", str(make_checkpoint(tmp_path, 20, mel_bins=23)), "--beam", "2"]
     with pytest.raises(InputError, match="^--nbest 3 needs a beam at least as wide; add --beam 3$"):
