@@ -40,7 +40,7 @@ def beam_gather(states: list[Tensor], parents: Tensor) -> list[Tensor]:
         sizes = tuple(x.shape[2] for x in sources)
         block = min(BLOCK, triton.next_power_of_2(max(sizes)))
         gather_kernel[parents.numel(),](
-            tuple(sources), tuple(targets), parents.contiguous(), sizes, parents.shape[1], BLOCK=block, num_warps=4
+            tuple(sources), tuple(targets), parents.contiguous(), sizes, parents.shape[1], BLOCK=block
         )
     return gathered
 

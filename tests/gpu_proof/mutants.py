@@ -576,7 +576,7 @@ SLOW = [
          's = tl.dot(q.to(tl.float32), tl.trans(k_tile).to(tl.float32), input_precision="ieee") * scale\n'),
         ("beam_topk", "one-warp-for-long-rows", "**blocks, num_warps=4)", "**blocks, num_warps=1)"),
         ("beam_topk", "fast-reciprocal", "tl.div_rn(1.0, tokens)", "tl.fdiv(1.0, tokens, ieee_rounding=True)"),
-        ("beam_gather", "one-value-per-thread", "BLOCK=block, num_warps=4", "BLOCK=block, num_warps=16"),
+        ("beam_gather", "one-value-per-thread", "BLOCK=block", "BLOCK=block, num_warps=16"),
     )
 ]  # fmt: skip
 
