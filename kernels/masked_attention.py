@@ -26,6 +26,7 @@ from las_fast.kernels.tiles import LOG2_E, float32_precision
 from torch import Tensor
 
 MIN_RANGE = 400  # frames per range, at least: fewer are not worth a program
+FRAMES_PER_QUERY = 48  # frames per range and query, at least
 # {rows: (frames per tile, warps, stages)}, at D, E = 256; tiles have fewer frames if D or E is larger. They compile
 # without spills and fit in the 99 KiB of shared memory of the smallest supported GPUs. More queries than the largest
 # number of rows, or more than 16 if D or E is above 256, take several launches.
@@ -100,7 +101,7 @@ def forward_kernel(
         a = a * rescale[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
         m = m_new
     # (BLOCK_K, BLOCK_E)
-    average = a / tl.where(l == 0.0, 1.0, l)[:, None]
+    average = a / _nonzero(l)[:, None]
     inside = (k[:, None] < K) & (e[None, :] < E)
     tl.store(context + row[:, None] * E + e[None, :], average.to(context.dtype.element_ty), mask=inside)
     tl.store(peaks + row, peak, mask=k < K)
@@ -114,7 +115,7 @@ def forward_kernel(
 @triton.jit
 def _logsumexp(m, l):
     """Return the natural logarithm of l * 2 ** m, (BLOCK_K,); -inf where no frame was summed."""
-    return tl.where(l == 0.0, -float("inf"), (m + tl.log2(tl.where(l == 0.0, 1.0, l))) * 0.6931471805599453)
+    return tl.where(l == 0.0, -float("inf"), (m + tl.log2(_nonzero(l))) * 0.6931471805599453)
 
 
 @triton.jit
@@ -134,21 +135,21 @@ def finish_kernel(
     peak = tl.zeros([BLOCK_K], tl.int32)
     for i in range(splits):  # in order, so that ranges of padding change no bit
         part = (b * splits + i) * K + k
-        part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
+        part_m = tl.load(maxima + part, mask=k < K)
         if SPLIT:
-            peak = tl.where(part_m > m, tl.load(part_peaks + part, mask=k < K, other=0), peak)
+            peak = tl.where(part_m > m, tl.load(part_peaks + part, mask=k < K), peak)
         m_new = tl.maximum(m, part_m)
         finite = _finite(m_new)
-        l = l * tl.exp2(m - finite) + tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite)
+        l = l * tl.exp2(m - finite) + tl.load(sums + part, mask=k < K) * tl.exp2(part_m - finite)
         m = m_new
     finite = _finite(m)
-    total = tl.where(l == 0.0, 1.0, l)
+    total = _nonzero(l)
     if WEIGHTS:
         t = block * BLOCK_T + tl.arange(0, BLOCK_T)
         # (BLOCK_K, BLOCK_T)
         at = weights + (b * K + k[:, None]) * T + t[None, :]
         valid = (k[:, None] < K) & (t[None, :] < tl.load(lengths + b))
-        s = tl.load(at, mask=valid & (t[None, :] < T), other=-float("inf"))
+        s = tl.load(at, mask=valid & (t[None, :] < T))
         w = tl.exp2(s - finite[:, None]) / total[:, None]
         tl.store(at, tl.where(valid, w, 0.0), mask=(k[:, None] < K) & (t[None, :] < T))
     if SPLIT and block == 0:
@@ -157,9 +158,9 @@ def finish_kernel(
         a = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
         for i in range(splits):
             part = (b * splits + i) * K + k
-            part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
-            fraction = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite) / total
-            average = tl.load(part_context + part[:, None] * E + e[None, :], mask=inside, other=0.0)
+            part_m = tl.load(maxima + part, mask=k < K)
+            fraction = tl.load(sums + part, mask=k < K) * tl.exp2(part_m - finite) / total
+            average = tl.load(part_context + part[:, None] * E + e[None, :], mask=inside)
             a += fraction[:, None] * average.to(tl.float32)
         row = b * K + k
         tl.store(context + row[:, None] * E + e[None, :], a.to(context.dtype.element_ty), mask=inside)
@@ -171,6 +172,12 @@ def finish_kernel(
 def _finite(m):
     """Return m with 0 for -inf, which marks rows without frames: -inf - -inf would be NaN."""
     return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def _nonzero(l):
+    """Return l with 1 for 0, which marks rows without frames: 0 / 0 would be NaN."""
+    return tl.where(l == 0.0, 1.0, l)
 
 
 @triton.jit
@@ -219,7 +226,7 @@ def backward_kernel(
         # (BLOCK_K, BLOCK_T)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
         p = tl.where(t[None, :] < length, tl.exp2(s - lse[:, None]), 0.0)
-        dp = tl.zeros([BLOCK_K, BLOCK_T], tl.float32) - delta[:, None]
+        dp = -delta[:, None]
         if CONTEXT:
             # (BLOCK_T, BLOCK_E)
             v_tile = _tile(values + b * values_b + first * values_t, local, e, values_t, length - t0, E)
@@ -242,7 +249,7 @@ def backward_kernel(
                 dv = tl.dot(tl.trans(p.to(dc.dtype)), dc, input_precision=PRECISION)
                 tl.store(at, dv.to(q.dtype), mask=inside)
             else:
-                tl.store(at, tl.zeros([BLOCK_T, BLOCK_E], q.dtype), mask=inside)
+                tl.store(at, 0.0, mask=inside)
     # (BLOCK_K, BLOCK_D)
     inside = (k[:, None] < K) & (d[None, :] < D)
     part = (split * tl.num_programs(0) + b) * K + k
@@ -268,7 +275,7 @@ def masked_attention(
         query.new_empty(B, K, dtype=torch.int64),
     )
     context, logsumexp, peaks = results
-    if B == 0 or K == 0:
+    if K == 0:
         return context, attention, peaks, logsumexp
     parts = splits if splits > 1 or weights else 0
     maxima, sums = (query.new_empty(B, parts, K, dtype=torch.float32) for _ in range(2))
@@ -280,7 +287,7 @@ def masked_attention(
         D, E, splits > 1, weights, float32_precision(), **blocks, **options,
     )  # fmt: skip
     if parts:
-        finish_kernel[B, max(1, triton.cdiv(T, 256)) if weights else 1](
+        finish_kernel[B, triton.cdiv(T, 256) if weights else 1](
             context, peaks, maxima, sums, lengths, *results, attention,
             K, T, splits, E, splits > 1, weights,
             BLOCK_K=triton.next_power_of_2(K), BLOCK_T=256, BLOCK_E=blocks["BLOCK_E"],
@@ -303,8 +310,6 @@ def masked_attention_backward(
     splits, range_frames = _ranges(K, T, blocks["BLOCK_T"])
     shapes = [(x.shape if memory else (0, 0, 0)) for x in (keys, values)]
     keys_gradient, values_gradient = keys.new_empty(shapes[0]), values.new_empty(shapes[1])
-    if B == 0 or K == 0:
-        return query.new_empty(query.shape), keys_gradient.zero_(), values_gradient.zero_()
     parts = query.new_empty(splits, B, K, D, dtype=query.dtype if splits == 1 else torch.float32)
     upstream = [None if x is None else x.contiguous() for x in (context_gradient, weights_gradient)]
     backward_kernel[B, splits](
@@ -342,7 +347,7 @@ def _strides(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
 
 def _ranges(K: int, T: int, block: int) -> tuple[int, int]:
     """Return the number of ranges per utterance and the frames per range, a multiple of the block."""
-    range_frames = triton.cdiv(max(MIN_RANGE, 48 * K), block) * block
+    range_frames = triton.cdiv(max(MIN_RANGE, FRAMES_PER_QUERY * K), block) * block
     return max(1, triton.cdiv(T, range_frames)), range_frames
 
 

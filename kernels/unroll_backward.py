@@ -53,7 +53,7 @@ def input_gradient_kernel(
         inside = (b[:, None] < B) & (n[None, :] < E)
         row = tl.cast(u, tl.int64) * B + b[:, None]
         upstream = readout_gradient + row * (H_LAST + E) + H_LAST + n[None, :]
-        context = total + tl.load(upstream, mask=inside, other=0.0)
+        context = total + tl.load(upstream, mask=inside)
         tl.store(context_gradients + row * E + n[None, :], context, mask=inside)
         inside = (b[:, None] < B) & (n[None, :] >= E) & (n[None, :] < E + H)
         tl.store(hidden_gradient + b[:, None].to(tl.int64) * H + n[None, :] - E, total, mask=inside)
@@ -89,7 +89,7 @@ def attend_gradient_kernel(
             tl.store(score_gradients + step * T + t, dw, mask=t < length)
         tl.debug_barrier()  # these are read by other threads than those that wrote them
         # (BLOCK_H,)
-        total = tl.load(readout_gradient + step * (H + E) + h, mask=h < H, other=0.0)
+        total = tl.load(readout_gradient + step * (H + E) + h, mask=h < H)
         for t0 in range(0, T, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             dw = tl.load(score_gradients + step * T + t, mask=t < length, other=0.0)
@@ -140,11 +140,11 @@ def cell_gradient_kernel(
             gradient += matmul(after, recurrent, b, n, row_size, rows, H, 4 * H, PRECISION, BLOCK_K)
         row = first + b[:, None]
         state = states + row * state_size + n[None, :]
-        i = tl.load(state + gates_at, mask=inside, other=0.0)
-        f = tl.load(state + gates_at + H, mask=inside, other=0.0)
-        g = tl.load(state + gates_at + 2 * H, mask=inside, other=0.0)
-        o = tl.load(state + gates_at + 3 * H, mask=inside, other=0.0)
-        tanh_cell = tanh(tl.load(state + cell_at, mask=inside, other=0.0))
+        i = tl.load(state + gates_at, mask=inside)
+        f = tl.load(state + gates_at + H, mask=inside)
+        g = tl.load(state + gates_at + 2 * H, mask=inside)
+        o = tl.load(state + gates_at + 3 * H, mask=inside)
+        tanh_cell = tanh(tl.load(state + cell_at, mask=inside))
         before = tl.load(state + cell_at - tl.cast(B, tl.int64) * state_size, mask=inside & (u > 0), other=0.0)
         carried = cell_gradient + b[:, None].to(tl.int64) * H + n[None, :]
         dc = gradient * o * (1.0 - tanh_cell * tanh_cell) + tl.load(carried, mask=inside & (u + 1 < U), other=0.0)

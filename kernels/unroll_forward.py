@@ -101,20 +101,18 @@ def attend_kernel(
             # (BLOCK_T,)
             k_tile = load(keys + b * T * H, t, h, H, length, H)
             s = tl.sum(k_tile.to(tl.float32) * query[None, :], 1)
-            s = (s + tl.load(key_bias + b * T + t, mask=t < length, other=0.0)) * scale
+            s = (s + tl.load(key_bias + b * T + t, mask=t < length)) * scale
             s = tl.where(t < length, s, -float("inf"))
             tl.store(at + t, s, mask=t < length)
             m_new = tl.maximum(m, tl.max(s, 0))
             l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new), 0)
             m = m_new
         tl.debug_barrier()  # other threads read these scores; the sums above may synchronise them too
-        m = tl.where(length > 0, m, 0.0)  # -inf - -inf and 0 / 0 would be NaN
-        l = tl.where(length > 0, l, 1.0)
         # (BLOCK_E,)
         context = tl.zeros([BLOCK_E], tl.float32)
         for t0 in range(0, T, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
-            s = tl.load(at + t, mask=t < length, other=-float("inf"))
+            s = tl.load(at + t, mask=t < length)
             w = tl.where(t < length, tl.exp2(s - m) / l, 0.0)
             tl.debug_barrier()  # several threads load a score, one of them overwrites it
             tl.store(at + t, w, mask=t < T)
@@ -140,7 +138,7 @@ def choose_kernel(
             n = n0 + tl.arange(0, BLOCK_N)
             # (BLOCK_B, BLOCK_N)
             x = matmul(row, project, b, n, row_size, B, M, P, PRECISION, BLOCK_K)
-            x += tl.load(project_bias + n, mask=n < M, other=0.0)[None, :]
+            x += tl.load(project_bias + n, mask=n < M)[None, :]
             x = 0.5 * x * (1.0 + _erf(x * 0.7071067811865476))
             at = features + b[:, None].to(tl.int64) * M + n[None, :]
             tl.store(at, x.to(features.dtype.element_ty), mask=(b[:, None] < B) & (n[None, :] < M))
@@ -152,14 +150,14 @@ def choose_kernel(
             v = v0 + tl.arange(0, BLOCK_N)
             # (BLOCK_B, BLOCK_N)
             x = matmul(features, embedding, b, v, M, B, V, M, PRECISION, BLOCK_K)
-            x += tl.load(bias + v, mask=v < V, other=0.0)[None, :]
+            x += tl.load(bias + v, mask=v < V)[None, :]
             x = tl.where(v[None, :] < V, x, -float("inf"))
             top = tl.max(x, 1)
             first = tl.min(tl.where(x == top[:, None], v[None, :], 2147483647), 1)
             token = tl.where(top > best, first, token)
             best = tl.maximum(best, top)
         at = (tl.cast(u, tl.int64) + 1) * B + b
-        chosen = tl.load(sampled + at, mask=b < B, other=0) != 0
+        chosen = tl.load(sampled + at, mask=b < B)
         tl.store(tokens + at, token.to(tl.int64), mask=(b < B) & chosen)
 
 
