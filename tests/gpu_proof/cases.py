@@ -786,11 +786,40 @@ def check_unroll_tokens(device, token, waits=True):
             raise AssertionError("the token is not refused")
 
 
+def check_gelu(device, features=16):
+    """Sampled tokens are chosen with the exact gelu, to 1e-5, between -4 and 4.
+
+    The logit of token f is the error of the gelu of feature f, that of token features + f is minus that error, and that
+    of the last token is 1e-5. So the last one is the best.
+    """
+    V = 2 * features + 1
+    inputs = unroll_inputs(V, features, (6,), 4, 3, 2, 1, 2, (2,), False, 2.0, 1.0, 0)
+    weights, keys, values, lengths, tokens, sampled, masks = inputs
+    embedding, _, _, project, project_bias, bias = weights[:6]
+    project.zero_(), project_bias.copy_(torch.linspace(-4, 4, features))
+    gelu = torch.nn.functional.gelu(project_bias.double()).float()
+    embedding.copy_(torch.cat((torch.eye(features), -torch.eye(features), torch.zeros(1, features))))
+    bias.copy_(torch.cat((-gelu, gelu, torch.tensor([1e-5]))))
+    arguments = ([x.to(device) for x in weights], *(x.to(device) for x in (keys, values, lengths, tokens, sampled)))
+    read = launcher("speller_unroll")(*arguments, masks, False, True)[2]
+    assert_identical(read[1].cpu(), torch.tensor([V - 1]), "token chosen")
+
+
 def check_positions(device):
     """The two positions are at the same offset from a multiple of 16 bytes, so that a kernel is compiled once."""
     positions = importlib.import_module("las_fast.kernels.speller_unroll")._positions(torch.zeros(1, device=device), 7)
     assert_identical(positions[:, 0], torch.full((2,), 7, dtype=torch.int32), "positions")
     assert positions.stride(0) * positions.element_size() % 16 == 0
+
+
+def check_tiles(device):
+    """A tile of keys or values has at most TILE numbers and 64 frames; up to 16 utterances take blocks of 16."""
+    layout = importlib.import_module("las_fast.kernels.unroll_layout")
+    frames = {(5, 3): (64, 64), (256, 256): (32, 16), (1000, 20): (8, 4), (20, 1000): (8, 4), (9000, 1): (1, 1)}
+    for (H, E), expected in frames.items():
+        assert tuple(layout.attention_options(H, E, dtype)["BLOCK_T"] for dtype in (BF16, FP32)) == expected
+    rows = [layout.matmul_options(B, FP32)["BLOCK_B"] for B in (1, 16, 17, 49)]
+    assert rows == [16, 16, 32, 32]
 
 
 def check_repeat(device, tokens, on="cuda", capturing=False, fails=False):
@@ -1149,6 +1178,7 @@ UNROLL = _cases(
         "all-lengths-zero": {"lengths": (0,), "H": (6, 5)},
         "lengths-out-of-range": {"lengths": (0, 9, 4), "out_of_range": True},
         "frames-65": {"T": 65, "lengths": (65, 64, 1), "B": 2, "U": 2},
+        "no-gap-between-rows": {"H": (12,), "E": 20, "B": 2, "U": 2},
         "wide-context": {"E": 300, "T": 33, "lengths": (33, 28), "B": 2, "U": 2},
         "deep": {"H": (70, 5), "E": 3, "B": 2, "U": 2},
         "saturated": {"scale": 4.0, "share": 0.0, "U": 2, "tolerance": 1e-3},
@@ -1181,7 +1211,11 @@ UNROLL = _cases(
         "a-token-below-0-is-clamped": {"token": -(2**40), "waits": False},
         "a-token-above-the-last-is-clamped": {"token": 3, "waits": False},
     },
-) + _cases("speller_unroll", check_positions, {"positions": {}})  # fmt: skip
+) + [
+    Case("speller_unroll", "positions", check_positions),
+    Case("speller_unroll", "tiles", check_tiles),
+    Case("speller_unroll", "gelu", check_gelu),
+]  # fmt: skip
 
 ALIGNMENT = _cases(
     "ctc_loss",
