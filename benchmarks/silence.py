@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def source(utterance: Utterance) -> str:
-    """Return the name of the folder above that of the recording, which may be the name of a corpus."""
+    """Return the name of the recording's grandparent folder, often the corpus."""
     return utterance.path.parent.parent.name
 
 

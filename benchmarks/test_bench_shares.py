@@ -71,8 +71,8 @@ class Parts:
             self.model.eval().listen(self.batch.features, self.batch.feature_lengths)
 
     def decoder_decoding(self) -> None:
-        share = {"minimum_share": LETTERS_PER_FRAME, "maximum_share": LETTERS_PER_FRAME, "maximum_extra": 0}
-        config = dataclasses.replace(self.config.decoding, beam=BEAM, precision=self.precision, **share)
+        limits = {"minimum_share": LETTERS_PER_FRAME, "maximum_share": LETTERS_PER_FRAME, "maximum_extra": 0}
+        config = dataclasses.replace(self.config.decoding, beam=BEAM, precision=self.precision, **limits)
         beam_search(self.model.eval(), self.memory, config)
 
     def flops(self, part: str, task: str) -> float:

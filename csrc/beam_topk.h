@@ -1,8 +1,9 @@
 // One step of beam search: the best continuations of the beams, for beam_topk.cpp and speller_search.cpp.
 //
 // First each row of logits is summarised: its maximum, its log-sum-exp and the maximum of each block of tokens. Then
-// each utterance takes its best candidates. Ranks grow with logits, so a block is skipped if its maximum is not good
-// enough. With thousands of tokens nearly all blocks are skipped, and the result is still exact.
+// each utterance takes its best candidates. Without an n-gram model and CTC, ranks grow with logits, so a block is
+// skipped if its maximum is not good enough. With thousands of tokens nearly all blocks are skipped, and the result is
+// still exact.
 
 #pragma once
 

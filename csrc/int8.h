@@ -82,7 +82,7 @@ LAS_INLINE float quantise(const float* from, int64_t n, int64_t depth, uint8_t* 
   return largest / 127.0f;
 }
 
-// As in matmul.h.
+// multiply_tile of matmul.h, for int8.
 template <int W, int M>
 LAS_INLINE void multiply_tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel,
                               InitialSums initial, const Matrix<float>& out) {

@@ -43,8 +43,8 @@ struct Panels {
   const T* at(int64_t column) const { return data + column * depth; }
 };
 
-// The columns of a panel, read as the rows of a matmul. The matmul of two packed matrices is A^T B, the form of a
-// weight's gradient.
+// A panel of a packed matrix A (depth, count), whose columns serve as the rows of a matmul. With panels of B (depth,
+// columns), the product is A^T B, as in the gradient of a weight.
 template <class T>
 struct PanelRows {
   const T* data;

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 ALIGNMENT = 32  # numbers: parts of a row of operands or states start at a multiple, so that loads are wide
 ROWS, UNITS = 32, 16  # utterances and units per program: many small programs, since a step waits for the previous one
 DEPTH = {torch.bfloat16: 64, torch.float32: 32}  # numbers of a row that one iteration of a matmul takes
-TILE = {torch.bfloat16: 8192, torch.float32: 4096}  # numbers of a tile of keys or values
+TILE = {torch.bfloat16: 8192, torch.float32: 4096}  # elements per tile of keys or values
 
 
 class Layout(NamedTuple):

@@ -21,7 +21,7 @@ class Race(AssertionError):
 
 
 class Stream:
-    """Stands in for torch.cuda.Stream. `seen` has the number of each stream's ops that precede the next op."""
+    """Stands in for torch.cuda.Stream. `seen[other]` counts the ops of `other` that end before this one's next op."""
 
     def __init__(self, name: str, heeds_waits: bool = True):
         self.name, self.heeds_waits = name, heeds_waits

@@ -72,7 +72,8 @@ class SoundStream(soundfile.SoundFile):
 class Decoder:
     """The blocks (n, channels) float32 of a stream, from sample `skip` to sample `stop` (None: to the end).
 
-    Damage within FLAC is replaced by zeros. The attributes are final after the iteration:
+    Damage within a FLAC stream of known length is replaced by zeros, up to MAX_DAMAGE. The attributes are
+    final after the iteration:
         position: samples per channel decoded or skipped so far.
         yielded:  whether any block was yielded.
         lost:     samples per channel replaced by zeros.

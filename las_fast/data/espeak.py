@@ -30,7 +30,7 @@ class Synthesiser:
 
     The library keeps global state: random numbers, oscillator phases, settings of the last voice. Therefore only one
     Synthesiser can be open in a process, and `close` unloads the library. What a Synthesiser speaks depends on what it
-    spoke before, but not on earlier ones.
+    has spoken before, but not on Synthesisers closed earlier.
 
     Raises:
         InputError:   eSpeak NG or its data is missing or damaged.

@@ -57,7 +57,8 @@ def masked_attention(
 
     Returns:
         context: (B, K, E), dtype of values.
-        weights: (B, K, T) float32, or None; rows sum to 1 and are exactly 0 past the length.
+        weights: (B, K, T) float32 (float64 for float64 inputs), or None; rows sum to 1 and are exactly 0 past the
+                 length.
         peaks:   (B, K) int64; only with peaks=True.
 
     Raises:

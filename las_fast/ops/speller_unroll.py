@@ -117,11 +117,11 @@ def _reference(weights: SpellerWeights, keys, values, lengths, tokens, sampled, 
 
 
 def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks, dtype) -> tuple[Tensor, Tensor]:
-    """Run the loop on detached weights, keys and values.
+    """Run the loop without gradients for weights, keys and values, and compute each of these with one matmul.
 
-    Instead of them, an offset carries the gradient: each step adds its slice of one tensor (zeros, or the bias). The
-    backward pass of that tensor receives the gradients of all steps at once, so the gradient of a weight, or of keys
-    and values, is one matmul.
+    Each step adds a slice of a tensor with one slice per step (zeros, or the bias) to its outputs. Autograd collects
+    the gradients of all steps in that tensor, from which one matmul gives the gradient of a weight, or of the keys and
+    values.
     """
     state, steps = initial_state(weights, values, 1), tokens.shape[1]
     layers = zip((*weights.gates, weights.query), (*weights.gate_biases, weights.query_bias), strict=True)

@@ -121,7 +121,7 @@ def fold_length_reward(
     is cheaper when many batches are searched. Raises InputError for config.ngram_weight without an n-gram table.
     """
     if config.ngram_weight and ngram is None:
-        raise InputError("decoding.ngram_weight needs an n-gram model, but there is none; set it to 0")
+        raise InputError("decoding.ngram_weight needs an n-gram model, but there is none; pass ngram, or set it to 0")
     if not config.length_reward:
         return ngram, config
     if ngram is None or not config.ngram_weight:

@@ -3,7 +3,7 @@
     confidence = 1 / (1 + exp(-(bias + sum over features of weight * (value - mean))))
 
 A word is right if the Levenshtein alignment of the words pairs it with an equal word of the reference. The weights are
-fitted on a development set by `python -m benchmarks.words --fit`, separately for beam search and for greedy search, and
+fitted on a development set by `python -m benchmarks.words fit`, separately for beam search and for greedy search, and
 lie next to a checkpoint as NAME.words.json. Other checkpoints use default.words.json, fitted on the model speech13h.
 A feature that is not available, such as CTC's without a CTC head, takes its mean.
 """

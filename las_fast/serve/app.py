@@ -133,7 +133,7 @@ class Service:
             except Exception as error:
                 raise _reported(error) from None
             finally:
-                await _ended(future)  # the model may be reading the file
+                await _ended(future)  # wait: the model may still read the upload
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_row(self.name)]})

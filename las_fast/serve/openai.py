@@ -25,7 +25,10 @@ SEEK_RATE = 100  # per second: whisper's `seek` counts feature frames of 10 ms
 
 @dataclass(frozen=True)
 class Request:
-    """The valid fields of a form. Others (prompt, include[], chunking_strategy) have no effect."""
+    """What a valid form asks for.
+
+    `model` and `temperature` are only checked; prompt, include[] and chunking_strategy are ignored.
+    """
 
     response_format: str
     granularities: frozenset[str]
@@ -51,7 +54,7 @@ def parse_request(form: Form, model: str, language: str) -> Request:
 
 
 def check_model(name: str, model: str) -> None:
-    """Raise ApiError if `name` is not that of the model."""
+    """Raise ApiError if `name` is neither the model's name nor one of ALIASES."""
     if name not in (model, *ALIASES):
         message = f"the model {name[:80]!r} does not exist here; give {model!r}"
         raise ApiError(404, message, param="model", code="model_not_found")

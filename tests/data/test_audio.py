@@ -193,7 +193,7 @@ def test_other_containers_of_unknown_length_are_read_to_the_end(tmp_path, form, 
     assert not warnings
 
 
-def test_a_wav_of_2_gib_that_is_cut_off_is_reported(tmp_path):
+def test_a_wav_cut_off_whose_header_states_3_gib_is_reported(tmp_path):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 3 << 30)))
     assert "is cut off" in read(path)[1][0]
 

@@ -323,7 +323,7 @@ def test_samples_count_as_clipped_near_the_peak_and_above_half_scale(tmp_path, h
 
 
 def clipping(folder, height: float, flats: int, peak: float = 0.0) -> list[str]:
-    """Shares of clipped samples in the warnings on 10,000 samples, of which 1 + flats in a row have this height."""
+    """Read 10,000 samples, 1 + flats in a row at this height; return the shares that clipping warnings state."""
     samples = 0.4 * np.tile(np.float32([1, -1]), 5000)
     samples[10 : 11 + flats] = height
     samples[9000] = peak

@@ -90,7 +90,7 @@ def test_an_entry_records_which_frames_trimming_kept(tmp_path, folder):
         write_audio(tmp_path / f"{name}.wav", np.concatenate(waves))
     (tmp_path / "m.tsv").write_text("path\n" + "".join(f"{name}.wav\n" for name in rows))
     plain, late, early, twice = build_entry(open_corpus(tmp_path / "m.tsv"), folder, "all", FeatureConfig()).spans
-    assert plain == early == []  # their first frames
+    assert plain == early == []  # the kept frames are the first of the recording
     assert len(late) == 1 and 340 < late[0][0] < 400 < 500 < late[0][1]
     assert len(twice) == 2 and twice[0][0] == 0
 
@@ -120,7 +120,7 @@ def test_a_changed_file_or_setting_makes_a_new_entry(tmp_path, folder):
     for features in (FeatureConfig(), FeatureConfig(size=40), FeatureConfig(shift_ms=12.5)):
         build_entry(corpus, folder, "dev", features)
     assert len(entries(folder)) == 3
-    build_entry(corpus, folder, "dev", FeatureConfig(normalisation="none", deltas=2))  # later stages, after the cache
+    build_entry(corpus, folder, "dev", FeatureConfig(normalisation="none", deltas=2))  # they come after the cache
     assert len(entries(folder)) == 3
     os.utime(corpus.utterances("dev")[0].path, ns=(1, 1))
     build_entry(corpus, folder, "dev")

@@ -99,7 +99,7 @@ def test_a_test_set_without_transcripts_can_be_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".jsonl"])
-def test_a_manifest_is_opened_by_itself_or_by_its_folder(tmp_path, suffix):
+def test_a_manifest_is_opened_by_its_path_or_its_folder(tmp_path, suffix):
     path = make_manifest(tmp_path, suffix=suffix)
     for root in (path, tmp_path):
         corpus = open_corpus(root)

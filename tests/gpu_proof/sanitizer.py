@@ -3,7 +3,7 @@
 Each tensor argument of a launch gets a virtual address far from all others, which is translated back at each access. So
 a pointer can be traced to the argument that it was computed from, even out of bounds, and even if two arguments share
 memory. For an argument on the meta device, which may be larger than memory, only bounds are checked: its stores are
-dropped, and its loads return the value of masked-off lanes.
+dropped, and its loads return `other`, or poison without one.
 
 Used only in a process that interprets (see process.py).
 """
