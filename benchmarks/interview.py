@@ -1,6 +1,6 @@
 """Transcribe an interview made of utterances; measure its CER, subtitles, time and memory.
 
-    python -m benchmarks.interview --data ROOT [--minutes 10] [--checkpoint speech13h] [--seed 0] [--record]
+    python -m benchmarks.interview --data ROOT [--minutes 10] [--seed 0] [--vad silero] [--record]
 
 Utterances of several speakers, all at one level, follow each other with pauses of 0.3 to 1.5 s, in noise at -56 dB. The
 CER is compared with that of the same recording cut at the true boundaries.
@@ -25,6 +25,7 @@ import las_fast
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
 from benchmarks.splits import add_split_options, utterances_of
 from las_fast.cli import run
+from las_fast.config import VADS
 from las_fast.data.audio import load_utterance
 from las_fast.data.corpus import Utterance
 from las_fast.errors import InputError
@@ -33,7 +34,7 @@ from las_fast.output.subtitles import MAX_PAUSE, MAX_SECONDS, MIN_SECONDS, Cue, 
 from las_fast.output.transcripts import Word
 
 FILE = RESULTS / "interview.csv"
-COLUMNS = (*CONTEXT, "checkpoint", "minutes", "seed", "utterances", "cer", "cer_true_boundaries", "cues",
+COLUMNS = (*CONTEXT, "checkpoint", "minutes", "seed", "vad", "utterances", "cer", "cer_true_boundaries", "cues",
            "broken_rules", "utterances_per_cue", "seconds", "peak_mib")  # fmt: skip
 RATE = 16000  # Hz
 LEVEL, NOISE = 0.06, 10 ** (-56 / 20)  # root mean square of the speech; standard deviation of the noise
@@ -106,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", default="librispeech", help="text in the paths of the utterances to use")
     parser.add_argument("--minutes", type=float, default=10, help="minimum duration of the interview (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the pauses (default: 0)")
+    parser.add_argument("--vad", choices=VADS, default="energy", help="how speech is found (default: energy)")
     parser.add_argument("--skip-boundaries", action="store_true", help="do not measure the CER with true boundaries")
     return parser
 
@@ -131,7 +133,7 @@ def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespac
         path = Path(folder, "interview.wav")
         soundfile.write(path, samples, RATE)
         begin = time.perf_counter()
-        transcript, peak = transcribe(path, options.checkpoint)
+        transcript, peak = transcribe(path, options.checkpoint, options.vad)
         seconds = time.perf_counter() - begin
     reference = " ".join(text for *_, text in bounds)
     words = [Word(w["word"], w["start"], w["end"], w["confidence"]) for s in transcript["segments"] for w in s["words"]]
@@ -141,7 +143,8 @@ def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespac
         print(problem)
     cut = None if options.skip_boundaries else cut_at_boundaries(samples, bounds, options.checkpoint)
     return {
-        "checkpoint": options.checkpoint, "minutes": options.minutes, "seed": options.seed, "utterances": len(bounds),
+        "checkpoint": options.checkpoint, "minutes": options.minutes, "seed": options.seed, "vad": options.vad,
+        "utterances": len(bounds),
         "cer": round(score([reference], [transcript["text"]]).cer, 2),
         "cer_true_boundaries": "" if cut is None else round(score([reference], [cut]).cer, 2),
         "cues": len(cues), "broken_rules": len(problems), "utterances_per_cue": utterances_per_cue(cues, bounds),
@@ -149,9 +152,9 @@ def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespac
     }  # fmt: skip
 
 
-def transcribe(path: Path, checkpoint: str) -> tuple[dict, int]:
+def transcribe(path: Path, checkpoint: str, vad: str) -> tuple[dict, int]:
     """Transcribe a recording in a new process; return its JSON and its peak resident memory in MiB."""
-    arguments = [str(path), "--checkpoint", checkpoint, "--format", "json"]
+    arguments = [str(path), "--checkpoint", checkpoint, "--format", "json", "--vad", vad]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise InputError(f"transcribe failed with exit status {done.returncode}; its error is above")

@@ -23,6 +23,7 @@ from las_fast.tree import flatten, from_tree, to_tree
 
 PRESETS = Path(__file__).parent / "configs"
 MAX_NUMBER = 10**9  # upper bound of numbers whose field does not set one
+VADS = ("energy", "silero")  # how recordings are cut; see las_fast.data.vad
 NEEDS_CTC_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
 
 

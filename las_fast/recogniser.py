@@ -25,6 +25,7 @@ from las_fast.data.audio import name_of
 from las_fast.data.features import add_deltas, seconds_of
 from las_fast.data.normalisation import normalise
 from las_fast.data.samples import is_array, to_numpy
+from las_fast.data.vad import check_vad
 from las_fast.errors import InputError, show, type_name
 from las_fast.files import BEST
 from las_fast.output.transcripts import MIN_SPEECH_SCORE, POOL_SECONDS, Hypothesis, Transcript, noise_warning
@@ -52,6 +53,7 @@ class SearchOptions(TypedDict, total=False):
     lm: LanguageModel
     nbest: int
     min_speech_score: float
+    vad: str
 
 
 class TranscriptionOptions(SearchOptions, total=False):
@@ -132,6 +134,8 @@ class Recogniser:
             nbest:            hypotheses returned per segment, at most the beam; default 1.
             min_speech_score: segments with a lower speech score are left out as noise; default 1.0, and -inf keeps all.
                               Without a CTC head it has no effect.
+            vad:              how speech and pauses are found: by "energy", the default, or with the package silero-vad
+                              by "silero", which tells speech from music and changing noise.
 
         Raises:
             InputError: the recording or an option is invalid, or a segment does not fit in memory.
@@ -249,6 +253,7 @@ class Recogniser:
         lm: LanguageModel = None,
         nbest: int = 1,
         min_speech_score: float = MIN_SPEECH_SCORE,
+        vad: str = "energy",
         skip_bad: bool = False,
         pool_seconds: float = POOL_SECONDS,
         warn: Callable[[str], None] = warnings.warn,
@@ -263,6 +268,7 @@ class Recogniser:
                 f"checkpoint {self.loaded.path} was trained on the features of {data['name']}; "
                 "those that las_fast computes from audio may differ"
             )
+        check_vad(vad)
         decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
         check_nbest(nbest, decoder.config.beam)
         return Transcription(
@@ -270,6 +276,7 @@ class Recogniser:
             statistics=self.loaded.statistics,
             decode=lambda data: self._decode(data, decoder, nbest),
             min_speech_score=min_speech_score,
+            vad=vad,
             skip_bad=skip_bad,
             pool_seconds=pool_seconds,
             warn=warn,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from las_fast.cli import require_stdout, run
+from las_fast.config import VADS
 from las_fast.errors import InputError, show
 from las_fast.files import make_folder
 from las_fast.options import Parser, as_path, as_recording
@@ -83,6 +84,9 @@ def parser() -> Parser:
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help="leave out segments with a lower speech score, which are mostly noise; no effect without a CTC head "
         f"(default: {MIN_SPEECH_SCORE}; -inf keeps all)")  # fmt: skip
+    add("--vad", choices=VADS, default="energy",
+        help="how speech and pauses are found; silero: by the network of the package silero-vad, which tells speech "
+        "from music and changing noise (default: energy)")  # fmt: skip
     add(
         "--on-bad",
         choices=("error", "skip"),
@@ -185,6 +189,7 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
             lm=options.lm,
             nbest=options.nbest,
             min_speech_score=options.min_speech_score,
+            vad=options.vad,
             skip_bad=options.on_bad == "skip",
             pool_seconds=POOL_SECONDS,
             warn=warn,

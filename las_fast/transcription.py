@@ -52,6 +52,7 @@ class Transcription:
     statistics: Statistics | None  # for normalisation "global"
     decode: Callable[[Utterances], list[list[Hypothesis]]]  # hypotheses of each utterance, best first
     min_speech_score: float
+    vad: str
     skip_bad: bool
     pool_seconds: float
     warn: Callable[[str], None]
@@ -101,7 +102,7 @@ class Transcription:
         try:
             with open_recording(to_audio(state.recording, sample_rate), self.features.sample_rate) as recording:
                 state.name = recording.name
-                for speech in segments(blocks(), self.features, self.statistics):
+                for speech in segments(blocks(), self.features, self.statistics, vad=self.vad):
                     has_speech = True
                     yield speech
         except InputError as error:

@@ -224,6 +224,7 @@ INVALID_RECORDINGS = {
     "nbest 3": (SPEECH, RATE, {"nbest": 3, "beam": 2}, "nbest=3 needs a beam of at least 3; give beam=3"),
     "a missing lm": (SPEECH, RATE, {"lm": "gone"}, "lm=gone is not a file"),
     "lm True": (SPEECH, RATE, {"lm": True}, "lm must be a path, the name of a released model, None or False; got"),
+    "an unknown vad": (SPEECH, RATE, {"vad": "webrtc"}, "vad must be 'energy' or 'silero'; got 'webrtc'"),
     "NaN as a limit": (SPEECH, RATE, {"min_speech_score": np.nan}, "min_speech_score must be a number; got nan"),
 }
 

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import torch
 from tiny_checkpoints import make_checkpoint
-from tiny_corpora import RATE, make_speech
+from tiny_corpora import RATE, make_music, make_speech
 
 from las_fast import recogniser, transcription
 from las_fast import transcribe as module
@@ -63,6 +63,15 @@ def test_a_recording_has_the_same_text_alone_and_in_a_batch(workspace, capsys):
         transcribe(workspace, "--format", "json", files=[name])
         alone = json.loads(capsys.readouterr().out)
         assert alone["text"] == row["text"] and row["file"].endswith(name)
+
+
+def test_music_is_speech_by_energy_but_not_by_silero(workspace, capsys):
+    soundfile.write(workspace / "music.wav", make_music(3), RATE)
+    transcribe(workspace, files=["music.wav"])
+    assert "no speech" not in capsys.readouterr().err
+    transcribe(workspace, "--vad", "silero", files=["music.wav"])
+    out, err = capsys.readouterr()
+    assert out == "\n" and "music.wav: no speech was found in its 3.00 seconds" in err
 
 
 def test_texts_of_several_files_have_their_names(workspace, capsys):
@@ -331,8 +340,8 @@ class Work:
 
         yield Recording([np.zeros(15)] * 2 if not actual else [np.zeros(int(10 * s)) for s in actual])
 
-    def segments(self, blocks, features, statistics):
-        assert features is self.loaded.config.features and statistics is None
+    def segments(self, blocks, features, statistics, *, vad):
+        assert features is self.loaded.config.features and statistics is None and vad == "energy"
         start = 0.0
         for block in blocks:
             if len(block) != 15:
@@ -530,7 +539,7 @@ def test_subtitles_of_several_files_need_a_folder(workspace, calls, form):
         ask(workspace, "--format", form, files=["short.wav", "long.wav"])
 
 
-@pytest.mark.parametrize("option", ["--format", "--existing", "--on-bad", "--beam", "--min-speech-score"])
+@pytest.mark.parametrize("option", ["--format", "--existing", "--on-bad", "--beam", "--min-speech-score", "--vad"])
 def test_an_option_rejects_other_values(workspace, calls, capsys, option):
     with pytest.raises(SystemExit):
         run(lambda _: ask(workspace, option, "otherwise"))

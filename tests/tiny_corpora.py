@@ -169,6 +169,15 @@ def make_speech(seconds: float, *, rate: int = RATE, seed: int = 0) -> np.ndarra
     return (0.1 * voice * syllables + 1e-3 * generator.normal(size=len(t))).astype(np.float32)
 
 
+def make_music(seconds: float) -> np.ndarray:
+    """Chords that change every 0.3 s, (N,) float32 at RATE: as loud as speech, but no speech."""
+    t = np.arange(int(seconds * RATE)) / RATE
+    base = 220 * 2 ** (np.random.default_rng(5).integers(0, 12, 1 + int(seconds / 0.3)) / 12)
+    pitch = 2 * np.pi * np.cumsum(base[(t / 0.3).astype(int)]) / RATE
+    chord = sum(np.sin(k * pitch) for k in (1, 1.25, 1.5))
+    return (0.1 * chord * np.exp(-3 * (t % 0.3))).astype(np.float32)
+
+
 def write_audio(path: Path, waveform: np.ndarray, rate: int = RATE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, waveform, rate)

@@ -20,15 +20,14 @@ from las_fast.config import FeatureConfig
 from las_fast.data.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config, seconds_of
 from las_fast.data.normalisation import Statistics, normalise
 from las_fast.data.silence import (
-    DECIBEL,
     band_energy,
-    find_speech,
     frames_in,
     has_usual_silence,
     level_silence,
     near_speech,
     true_runs,
 )
+from las_fast.data.vad import Detector, EnergyDetector, make_detector
 
 MAX_CHUNK = 20.0  # seconds
 QUIET_SPAN = 0.2  # seconds over which energy is summed to find the quietest point
@@ -47,7 +46,11 @@ class Speech:
 
 
 def segments(
-    blocks: Iterable[np.ndarray], config: FeatureConfig, statistics: Statistics | None = None
+    blocks: Iterable[np.ndarray],
+    config: FeatureConfig,
+    statistics: Statistics | None = None,
+    *,
+    vad: str = "energy",
 ) -> Iterator[Speech]:
     """Yield the segments of a recording; nothing if it has no speech.
 
@@ -55,10 +58,15 @@ def segments(
         blocks:     (n,) float32 samples at config.sample_rate each; the segments do not depend on the block sizes.
         config:     features of the model.
         statistics: of the training data, for normalisation "global".
+        vad:        how speech is found, "energy" or "silero".
+
+    Raises:
+        InputError: vad is unknown, or the packages for it are missing.
     """
-    for first, chunk in chunks(log_mel(blocks, logmel_config(config)), config):
+    detector = make_detector(vad, config)
+    for first, chunk in chunks(log_mel(detector.watch(blocks), logmel_config(config)), config, detector):
         begin, last = (seconds_of(first + frame, config) for frame in (0, len(chunk)))
-        for speech, first_frame, frames in _parts(chunk, config):
+        for speech, first_frame, frames in _parts(chunk, detector.speech(first, chunk), config):
             features = add_deltas(normalise(cepstra(frames, config), config, statistics), config.deltas)
             start, end = (seconds_of(first + frame, config) for frame in speech)
             offset = float(seconds_of(first + first_frame, config))
@@ -87,11 +95,14 @@ def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Ten
         yield compute_features([np.concatenate(pending)], config)[0]
 
 
-def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[int, Tensor]]:
+def chunks(
+    frames: Iterable[Tensor], config: FeatureConfig, detector: Detector | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Cut the frames of a recording into chunks of at most MAX_CHUNK seconds; yield (first frame, frames) of each.
 
-    Each cut is at the quietest point of the second half of the chunk.
+    Each cut is at the quietest point of the second half of the chunk, by default that with the lowest energy.
     """
+    detector = detector or EnergyDetector(config)
     longest, span = frames_in(MAX_CHUNK, config), frames_in(QUIET_SPAN, config)
     pending, first = torch.empty(0), 0
     for new in chain(frames, [None]):  # None: the end
@@ -99,29 +110,31 @@ def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[in
         pending = pending if new is None else torch.cat([pending, new])
         while len(pending) >= enough:
             last = min(longest, len(pending) - span)  # leave at least `span` frames
-            cut = _quietest(pending, longest // 2, last, span, config)
+            begin = longest // 2 - span // 2
+            loudness = detector.loudness(first + begin, pending[begin : last + span])
+            cut = longest // 2 + _quietest(loudness, span, last - longest // 2)
             yield first, pending[:cut]
             pending, first = pending[cut:], first + cut
     if len(pending):
         yield first, pending
 
 
-def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureConfig) -> int:
-    """Return the frame in [first, last] around which `span` frames have the lowest energy."""
-    energy = torch.exp(band_energy(frames[first - span // 2 : last + span], config).double() / DECIBEL)
-    total = F.pad(energy.cumsum(0), (1, 0))
+def _quietest(loudness: Tensor, span: int, last: int) -> int:
+    """Return the start, at most `last`, of the `span` frames with the least sum of loudness."""
+    total = F.pad(loudness.cumsum(0), (1, 0))
     sums = total[span:] - total[:-span]
-    return first + int(sums[: last - first + 1].argmin())
+    return int(sums[: last + 1].argmin())
 
 
-def _parts(chunk: Tensor, config: FeatureConfig) -> Iterator[tuple[tuple[int, int], int, Tensor]]:
-    """Yield ((start, end) of the speech, first frame, frames with the silence around it) of each segment of a chunk."""
-    energy = band_energy(chunk, config)
-    speech = find_speech(energy, config)
+def _parts(chunk: Tensor, speech: Tensor, config: FeatureConfig) -> Iterator[tuple[tuple[int, int], int, Tensor]]:
+    """Yield ((start, end) of the speech, first frame, frames with the silence around it) of each segment of a chunk.
+
+    speech: (T,) bool mask of the chunk's frames.
+    """
     if not speech.any():
         return
     kept = near_speech(speech, config)
-    usual = not config.trim_silence or has_usual_silence(energy, speech, kept, config)
+    usual = not config.trim_silence or has_usual_silence(band_energy(chunk, config), speech, kept, config)
     runs = true_runs(kept)
     if usual and len(runs) == 1:
         runs = [(0, len(chunk))]

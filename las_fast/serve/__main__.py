@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from las_fast.cli import run
+from las_fast.config import VADS
 from las_fast.errors import InputError, print_error, show
 from las_fast.options import Parser
 from las_fast.output.transcripts import MIN_SPEECH_SCORE
@@ -49,6 +50,8 @@ def parser() -> Parser:
     add("--nbest", type=int, help=f"hypotheses per segment on the page (default: {NBEST}, at most the beam)")
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help=f"leave out segments with a lower speech score; -inf keeps all (default: {MIN_SPEECH_SCORE})")  # fmt: skip
+    add("--vad", choices=VADS, default="energy",
+        help="how speech and pauses are found; silero needs the package silero-vad (default: energy)")  # fmt: skip
     add("--language", default="english", help="language that verbose_json reports (default: english)")
     add("--device", default="auto", help="cpu, cuda or cuda:1 (default: cuda if available)")
     return parser
@@ -83,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             lm=options.lm,
             nbest=nbest,
             min_speech_score=options.min_speech_score,
+            vad=options.vad,
         )
         serve(Service(model, name, batcher, limits, options.language), listener)
 

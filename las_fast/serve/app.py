@@ -126,7 +126,8 @@ class Service:
                 tokens = encode_text(text, self.model.loaded.vocabulary)
             except InputError as error:
                 raise ApiError(400, str(error), param="text") from None
-            future = self.batcher.call(lambda model: attention_of(model, Upload(form.file), tokens))
+            vad = self.batcher.vad
+            future = self.batcher.call(lambda model: attention_of(model, Upload(form.file), tokens, vad=vad))
             try:
                 row = await _unless_gone(request, _in_time(asyncio.wrap_future(future), deadline))
                 return JSONResponse({"text": text, **row})

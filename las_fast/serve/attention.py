@@ -28,12 +28,13 @@ def encode_text(text: str, vocabulary: Vocabulary) -> list[int]:
 
 
 @torch.inference_mode()
-def attention_of(model: Recogniser, recording: Any, tokens: list[int]) -> dict[str, Any]:
+def attention_of(model: Recogniser, recording: Any, tokens: list[int], *, vad: str = "energy") -> dict[str, Any]:
     """Return the attention weights for U tokens, with teacher forcing, in the longest segment of a recording.
 
     Args:
         recording: what las_fast.data.audio.open_recording takes, of at most MAX_SECONDS.
         tokens:    (U,) of encode_text.
+        vad:       how speech is found; see las_fast.data.segments.segments.
 
     Returns:
         A JSON object: `frames`, the number T of encoder frames; `frame_seconds`, the time from one to the next;
@@ -47,7 +48,8 @@ def attention_of(model: Recogniser, recording: Any, tokens: list[int]) -> dict[s
     config = loaded.config.features
     with open_recording(recording, config.sample_rate) as blocks:
         short = _limited(blocks, config.sample_rate)
-        speech = max(segments(short, config, loaded.statistics), key=lambda one: one.end - one.start, default=None)
+        found = segments(short, config, loaded.statistics, vad=vad)
+        speech = max(found, key=lambda one: one.end - one.start, default=None)
     if speech is None:
         raise InputError("the file has no speech; send a segment with speech")
     features = speech.features[None].to(model.device)

@@ -172,6 +172,10 @@ class Batcher:
             thread.start()
 
     @property
+    def vad(self) -> str:
+        return self._shared.vad
+
+    @property
     def is_alive(self) -> bool:
         """Whether both threads are running; a bug may end one."""
         return all(thread.is_alive() for thread in self._threads)

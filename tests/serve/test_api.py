@@ -17,7 +17,7 @@ import openai
 import pytest
 from fakes import raising
 from recordings import encoded
-from tiny_corpora import make_speech
+from tiny_corpora import make_music, make_speech
 
 from las_fast.errors import InputError
 from las_fast.output.formats import Style, as_srt, as_vtt, segment_row
@@ -370,6 +370,14 @@ def test_a_wrong_text_or_recording_for_the_attention_is_refused(service, wav):
     for file, message in ((wav(31), "longer than 30 seconds"), (encoded([0.0] * 16000, format="WAV"), "no speech")):
         status, error = service.error(path="/attention", file=file, text="A")
         assert (status, error["param"]) == (400, "file") and message in error["message"]
+
+
+def test_the_service_finds_speech_by_the_chosen_way(model, service):
+    music = encoded(make_music(3), format="WAV")
+    with running(model, vad="silero") as other:
+        assert service.post(file=music).json()["text"] and other.post(file=music).json()["text"] == ""
+        assert service.post("/attention", file=music, text="A").status_code == 200
+        assert other.error(path="/attention", file=music, text="A")[1]["message"].startswith("the file has no speech")
 
 
 def test_the_page_may_load_nothing_from_elsewhere(service):
