@@ -35,19 +35,19 @@ from las_fast.output.transcripts import Word
 
 FILE = RESULTS / "interview.csv"
 COLUMNS = (*CONTEXT, "checkpoint", "minutes", "seed", "vad", "utterances", "cer", "cer_true_boundaries", "cues",
-           "broken_rules", "utterances_per_cue", "seconds", "peak_mib")  # fmt: skip
+           "broken_rules", "utterances_per_cue", "seconds", "cpu_seconds", "peak_mib")  # fmt: skip
 RATE = 16000  # Hz
 LEVEL, NOISE = 0.06, 10 ** (-56 / 20)  # root mean square of the speech; standard deviation of the noise
 PAUSE = (0.3, 1.5)  # seconds
 TOLERANCE = 1e-6  # seconds
 MAX_MINUTES = 600  # ten hours are 2.3 GB of samples
-# Runs transcribe, then prints its peak memory in KiB. resource.getrusage would include the memory of this process.
+# Runs transcribe, then prints its CPU time in seconds and its peak memory in KiB. resource.getrusage would include the memory of this process.
 PROGRAM = """
-import re, sys
+import re, sys, time
 from las_fast.cli import run
 from las_fast.transcribe import main
 run(main, sys.argv[1:])
-print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+print(time.process_time(), re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 """
 
 
@@ -133,7 +133,7 @@ def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespac
         path = Path(folder, "interview.wav")
         soundfile.write(path, samples, RATE)
         begin = time.perf_counter()
-        transcript, peak = transcribe(path, options.checkpoint, options.vad)
+        transcript, cpu, peak = transcribe(path, options.checkpoint, options.vad)
         seconds = time.perf_counter() - begin
     reference = " ".join(text for *_, text in bounds)
     words = [Word(w["word"], w["start"], w["end"], w["confidence"]) for s in transcript["segments"] for w in s["words"]]
@@ -148,18 +148,19 @@ def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespac
         "cer": round(score([reference], [transcript["text"]]).cer, 2),
         "cer_true_boundaries": "" if cut is None else round(score([reference], [cut]).cer, 2),
         "cues": len(cues), "broken_rules": len(problems), "utterances_per_cue": utterances_per_cue(cues, bounds),
-        "seconds": round(seconds, 1), "peak_mib": peak,
+        "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_mib": peak,
     }  # fmt: skip
 
 
-def transcribe(path: Path, checkpoint: str, vad: str) -> tuple[dict, int]:
-    """Transcribe a recording in a new process; return its JSON and its peak resident memory in MiB."""
+def transcribe(path: Path, checkpoint: str, vad: str) -> tuple[dict, float, int]:
+    """Transcribe a recording in a new process; return its JSON, CPU seconds and peak resident memory in MiB."""
     arguments = [str(path), "--checkpoint", checkpoint, "--format", "json", "--vad", vad]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise InputError(f"transcribe failed with exit status {done.returncode}; its error is above")
-    row, peak = done.stdout.splitlines()
-    return json.loads(row), int(peak) // 1024
+    row, measured = done.stdout.splitlines()
+    cpu, peak = measured.split()
+    return json.loads(row), float(cpu), int(peak) // 1024
 
 
 def cut_at_boundaries(samples: np.ndarray, bounds: list[tuple], checkpoint: str) -> str:
