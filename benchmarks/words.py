@@ -2,6 +2,7 @@
 
     python -m benchmarks.words times --checkpoint speech13h --data SPEECH [--record]
     python -m benchmarks.words confidence --checkpoint NAME --data ROOT [--record]
+    python -m benchmarks.words cross --checkpoint NAME --data ROOT [--prior NAME] [--record]
     python -m benchmarks.words fit --checkpoint NAME --data ROOT --out NAME.words.json [--text SOURCE...] [--prior NAME]
 
 `times` makes recordings in which the starts of words are known, and measures the error of the starts of the words that
@@ -14,7 +15,13 @@ are recognised right:
   within 25 dB of the utterance's level that comes within 10 dB of it somewhere; breaths are quieter.
 
 `confidence` measures the confidences of the words of the split, separately for its odd utterances and its even ones;
-`fit` fits them on the even ones. A word is right if the Levenshtein alignment of the words pairs it with an equal word.
+`fit` fits them on the even ones. Where the split is small, `cross` measures a fit by cross-validation: the utterances
+are divided into FOLDS parts, and the words of each part are judged by a fit to the other parts, in PARTITIONS random
+ways; then `fit --part all` uses all utterances. A word is right if the Levenshtein alignment of the words pairs it with
+an equal word.
+
+The calibration error of few words is above 0 even if the confidences are perfect. Therefore the error of perfect ones
+is printed too: the mean over draws in which each word is right with a probability equal to its confidence.
 """
 
 from __future__ import annotations
@@ -34,7 +41,7 @@ from Levenshtein import opcodes
 
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
 from benchmarks.splits import add_every_option, add_split_options, utterances_of
-from las_fast.checkpoint import find_checkpoint, load_model
+from las_fast.checkpoint import Loaded, find_checkpoint, load_model
 from las_fast.cli import run
 from las_fast.config import FeatureConfig
 from las_fast.data.audio import load_utterance
@@ -61,13 +68,16 @@ from las_fast.search.confidence import (
 
 FILE = RESULTS / "words.csv"
 COLUMNS = (*CONTEXT, "checkpoint", "measure", "data", "search", "words", "right", "median_ms", "p90_ms", "ece", "auc",
-           "out_of_order")  # fmt: skip
+           "out_of_order", "ece_perfect", "ece_perfect_p95")  # fmt: skip
 LEVEL, NOISE = 0.05, 0.001  # standard deviations of the speech and of the noise added to a recording
 DEPTH, PEAK = 25.0, 10.0  # dB below the level of an utterance: limits of its speech and of the peak of a stretch
 SOURCES = ("librispeech", "commonvoice", "speechocean")  # texts in paths; a joined recording has one source
 JOINED = 8  # utterances of a recording
 MIN_OCCURRENCES = 40  # in --large-text, of a word that counts as known
 BINS = 10  # of the expected calibration error
+MIN_RARE = 10  # wrong words (or right ones, if fewer) per weight; with less only a bias and a scale are fitted
+FOLDS, PARTITIONS = 5, 10  # of the cross-validation
+DRAWS = 2000  # of the simulation of perfect confidences
 DEFAULT_STRENGTH, PRIOR_STRENGTH = 3.0, 10.0  # precision of the prior on standardised weights, without --prior and with
 
 
@@ -211,7 +221,7 @@ def measure_times(options: argparse.Namespace) -> None:
         print(f"{kind}: {len(values)} of {known[kind]} words right, error of their starts: median {median:.0f} ms, "
               f"90% within {p90:.0f} ms, signed median {1000 * np.median(values):+.0f} ms; "
               f"out of order: {disorder[kind]}")  # fmt: skip
-        cells = (known[kind], len(values), f"{median:.0f}", f"{p90:.0f}", "", "", disorder[kind])
+        cells = (known[kind], len(values), f"{median:.0f}", f"{p90:.0f}", "", "", disorder[kind], "", "")
         record(options, "starts", kind, f"beam {model.loaded.config.decoding.beam}", cells)
 
 
@@ -301,6 +311,14 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> flo
     return float(np.abs(differences).sum() / len(confidence))
 
 
+def perfect_calibration_error(confidence: np.ndarray) -> tuple[float, float]:
+    """Return the mean and the 95th percentile of the error if the confidences are the true probabilities."""
+    rng = np.random.default_rng(0)
+    size = len(confidence)
+    errors = [expected_calibration_error(confidence, rng.random(size) < confidence) for _ in range(DRAWS)]
+    return float(np.mean(errors)), float(np.quantile(errors, 0.95))
+
+
 def area_under_roc(confidence: np.ndarray, right: np.ndarray) -> float:
     """Return the probability that a right word has a higher confidence than a wrong one; ties count half.
 
@@ -326,10 +344,70 @@ def measure_confidence(options: argparse.Namespace) -> None:
                 continue  # one utterance has no second half
             values, right = words.values[rows], words.right[rows]
             ece, auc = expected_calibration_error(values, right), area_under_roc(values, right)
+            perfect, p95 = perfect_calibration_error(values)
             print(f"{search}, {part}: {len(values)} words, {right.mean():.1%} right, ECE {ece:.4f}, AUC {auc:.4f}; "
+                  f"ECE if perfect {perfect:.4f}, 95% below {p95:.4f}; "
                   f"out of order in all: {words.disorder}")  # fmt: skip
-            cells = (len(values), int(right.sum()), "", "", f"{ece:.4f}", f"{auc:.4f}", words.disorder)
+            cells = (len(values), int(right.sum()), "", "", f"{ece:.4f}", f"{auc:.4f}", words.disorder,
+                     f"{perfect:.4f}", f"{p95:.4f}")  # fmt: skip
             record(options, "confidence", f"{options.split}, {part}", search, cells)
+
+
+def measure_by_folds(options: argparse.Namespace) -> None:
+    """Print the quality of a fit to the split by cross-validation, and record it with --record."""
+    loaded = load_model(options.checkpoint)
+    prior = load_prior(options.prior) if options.prior else None
+    for name, beam in (("beam", None), ("greedy", 1)):
+        features, words = collect_features(loaded, known_words(options), options, beam)
+        if len(np.unique(words.utterance)) < FOLDS:
+            raise InputError(f"cross needs at least {FOLDS} utterances with words; give another --split")
+        start, right = getattr(prior, name, None), words.right
+        rows = []
+        for seed in range(PARTITIONS):
+            values = cross_validated(features, right, words.utterance, start, seed)
+            scores = expected_calibration_error(values, right), area_under_roc(values, right)
+            rows.append((*scores, *perfect_calibration_error(values)))
+        (ece, auc, perfect, p95), eces = np.mean(rows, 0), [row[0] for row in rows]
+        search = "greedy" if beam == 1 else f"beam {loaded.config.decoding.beam}"
+        print(f"{search}, {FOLDS} folds: {len(right)} words, {(~right).sum()} wrong, ECE {ece:.4f} "
+              f"({min(eces):.4f} to {max(eces):.4f} in {PARTITIONS} partitions), AUC {auc:.4f}; "
+              f"ECE if perfect {perfect:.4f}, 95% below {p95:.4f}")  # fmt: skip
+        cells = (len(right), int(right.sum()), "", "", f"{ece:.4f}", f"{auc:.4f}", words.disorder,
+                 f"{perfect:.4f}", f"{p95:.4f}")  # fmt: skip
+        record(options, "confidence", f"{options.split}, {FOLDS} folds", search, cells)
+
+
+def cross_validated(
+    features: dict[str, np.ndarray], right: np.ndarray, utterance: np.ndarray, prior: Weights | None, seed: int
+) -> np.ndarray:
+    """Return the confidence of each word (N,) from a fit to the utterances of the other folds."""
+    _, index = np.unique(utterance, return_inverse=True)
+    fold = (np.random.default_rng(seed).permutation(index.max() + 1) % FOLDS)[index]
+    values = np.empty(len(right))
+    for k in range(FOLDS):
+        inside = fold == k
+        weights = fit_sparingly({name: x[~inside] for name, x in features.items()}, right[~inside], prior)
+        values[inside] = weights({name: x[inside] for name, x in features.items()})
+    return values
+
+
+def fit_sparingly(features: dict[str, np.ndarray], right: np.ndarray, prior: Weights | None) -> Weights:
+    """Fit all weights; with a prior and fewer than MIN_RARE rare words per weight, only its bias and scale."""
+    rare = min(int(right.sum()), int((~right).sum()))
+    if prior is not None and rare < MIN_RARE * len(features):
+        return fit_scale(features, right, prior)
+    return fit(features, right, prior, PRIOR_STRENGTH if prior else DEFAULT_STRENGTH)
+
+
+def fit_scale(features: dict[str, np.ndarray], right: np.ndarray, prior: Weights) -> Weights:
+    """Fit a bias and a factor of all weights of the prior (Platt scaling); it keeps its means."""
+    confidence = prior(features)
+    logits = np.log(confidence) - np.log1p(-confidence)
+    fitted = fit({"logit": logits}, right, Weights(0.0, {"logit": 1.0}, {}), 1.0)
+    factor = fitted.weights["logit"]
+    weights = {name: round(factor * weight, 5) for name, weight in prior.weights.items() if name in features}
+    bias = fitted.bias + factor * (prior.bias - fitted.means["logit"])
+    return Weights(round(bias, 5), weights, {name: prior.means[name] for name in weights})
 
 
 def fit(
@@ -387,8 +465,20 @@ def load_prior(name: str) -> Calibration:
     return read_calibration(path)
 
 
+def collect_features(
+    loaded: Loaded, known: frozenset[str], options: argparse.Namespace, beam: int | None
+) -> tuple[dict[str, np.ndarray], ScoredWords]:
+    """Decode the split; return the features of its words, (N,) each, and the words."""
+    collector = Collector()
+    model = Recogniser(loaded, torch.device("cpu"))
+    model._calibration = Calibration(collector, collector, known)  # type: ignore[arg-type]
+    words = decode_words(model, options, beam)
+    order = words.values.astype(int)
+    return {name: x[order] for name, x in collector.features().items()}, words
+
+
 def fit_calibration(options: argparse.Namespace) -> None:
-    """Fit the confidences on the even utterances of the split, and write --out."""
+    """Fit the confidences on --part of the split, and write --out."""
     if options.out is None:
         raise InputError("fit needs --out, the calibration to write, such as runs/mine/best.words.json")
     out = Path(options.out)
@@ -397,15 +487,10 @@ def fit_calibration(options: argparse.Namespace) -> None:
     known, loaded = known_words(options), load_model(options.checkpoint)
     weights = {}
     for search, beam in (("beam", None), ("greedy", 1)):
-        collector = Collector()
-        model = Recogniser(loaded, torch.device("cpu"))
-        model._calibration = Calibration(collector, collector, known)  # type: ignore[arg-type]
-        words = decode_words(model, options, beam)
-        rows = words.utterance % 2 == 0
-        order = words.values.astype(int)[rows]
-        features = {name: x[order] for name, x in collector.features().items()}
-        mean = getattr(prior, search) if prior else None
-        weights[search] = fit(features, words.right[rows], mean, PRIOR_STRENGTH if prior else DEFAULT_STRENGTH)
+        features, words = collect_features(loaded, known, options, beam)
+        rows = (words.utterance % 2 == 0) | (options.part == "all")
+        features = {name: x[rows] for name, x in features.items()}
+        weights[search] = fit_sparingly(features, words.right[rows], getattr(prior, search, None))
     calibration = Calibration(**weights, known=known)
     if prior:
         calibration = replace(calibration, start=prior.start, start_after_pause=prior.start_after_pause, end=prior.end)
@@ -424,18 +509,21 @@ def record(options: argparse.Namespace, measure: str, data: str, search: str, ce
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.words", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("command", choices=("times", "confidence", "fit"))
+    parser.add_argument("command", choices=("times", "confidence", "cross", "fit"))
     add_split_options(parser, FILE)
     add_every_option(parser, only="times")
     add = parser.add_argument
     add("--out", metavar="FILE", help="fit: calibration to write")
-    add("--prior", metavar="NAME", help='fit: checkpoint whose calibration is the prior, or "default" (default: none)')
+    add("--part", choices=("half", "all"), default="half", help="fit: utterances to use (default: half, the even ones)")
+    add("--prior", metavar="NAME",
+        help='cross, fit: checkpoint whose calibration is the prior, or "default" (default: none)')  # fmt: skip
     add("--text", nargs="*", default=[], metavar="SOURCE", help="fit: texts whose words are known, as for las_fast.lm")
     add("--large-text", nargs="*", default=[], metavar="FILE.gz",
         help=f"fit: texts whose words are known if they occur at least {MIN_OCCURRENCES} times")  # fmt: skip
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    commands = {"times": measure_times, "confidence": measure_confidence, "fit": fit_calibration}
+    commands = {"times": measure_times, "confidence": measure_confidence, "cross": measure_by_folds,
+                "fit": fit_calibration}  # fmt: skip
     commands[options.command](options)
 
 

@@ -53,6 +53,57 @@ def test_a_fit_finds_the_weights_that_made_the_data_and_a_strong_prior_keeps_its
     assert kept.weights == pytest.approx({"end": 0.25, "ctc": 0.5}, abs=1e-3)
 
 
+def words_of(prior, factor, bias, count, seed=0):
+    """Features of words, and which are right if the logit is `factor` times the prior's plus `bias`."""
+    rng = np.random.default_rng(seed)
+    features = {"end": rng.normal(1, 2, count), "ctc": rng.normal(-3, 0.5, count)}
+    logit = factor * (prior.bias + 0.8 * (features["end"] - 1) - (features["ctc"] + 3)) + bias
+    return features, rng.random(count) < 1 / (1 + np.exp(-logit))
+
+
+PRIOR = Weights(0.5, {"end": 0.8, "ctc": -1.0, "known": 2.0}, {"end": 1.0, "ctc": -3.0, "known": 0.9})
+
+
+def test_a_scale_and_a_bias_are_found_and_weights_without_a_feature_are_dropped():
+    features, right = words_of(PRIOR, factor=0.5, bias=1.5, count=50_000)
+    found = command.fit_scale(features, right, PRIOR)
+    assert found.weights == pytest.approx({"end": 0.4, "ctc": -0.5}, abs=0.02)
+    assert found.bias == pytest.approx(0.5 * 0.5 + 1.5, abs=0.05)
+    assert found.means == {"end": 1.0, "ctc": -3.0}
+
+
+def test_few_wrong_words_change_only_the_bias_and_scale_of_a_prior():
+    features, right = words_of(PRIOR, factor=1.0, bias=2.0, count=2000)
+    rare = np.flatnonzero(~right)
+    few, many = (np.sort(np.append(rare[:n], np.flatnonzero(right))) for n in (19, 20))  # two weights
+    for rows, is_scaled in ((few, True), (many, False)):
+        part = {name: x[rows] for name, x in features.items()}
+        weights = command.fit_sparingly(part, right[rows], PRIOR).weights
+        assert (weights["end"] / weights["ctc"] == pytest.approx(-0.8, abs=1e-3)) == is_scaled
+    assert command.fit_sparingly(part, right[rows], None) == fit(part, right[rows], None, 3.0)
+
+
+def test_each_word_is_judged_by_a_fit_to_other_utterances(monkeypatch):
+    utterance = np.repeat(np.arange(0, 24, 2), 3)
+    seen = []
+
+    def fake(features, right, prior):
+        seen.append(set(features["utterance"].tolist()))
+        return lambda inside: np.array([u in seen[-1] for u in inside["utterance"]])
+
+    monkeypatch.setattr(command, "fit_sparingly", fake)
+    values = command.cross_validated({"utterance": utterance}, utterance > 5, utterance, None, seed=1)
+    assert not values.any() and len(seen) == 5
+    assert sorted(len(part) for part in seen) == [9, 9, 10, 10, 10]
+
+
+def test_perfect_confidences_of_few_words_have_an_error_too():
+    assert command.perfect_calibration_error(np.array([0.0, 1.0, 1.0])) == (0, 0)
+    few, many = (command.perfect_calibration_error(np.full(count, 0.95)) for count in (100, 10_000))
+    assert few[0] == pytest.approx(np.sqrt(2 / np.pi * 0.95 * 0.05 / 100), rel=0.1)  # mean of |x| of a normal
+    assert few[0] < few[1] < 4 * few[0] and many[0] == pytest.approx(few[0] / 10, rel=0.1)
+
+
 def test_words_are_out_of_order_if_they_overlap_or_leave_the_recording():
     a, b, c = Word("A", 0.0, 0.5, 1.0), Word("B", 0.5, 1.0, 1.0), Word("C", 0.9, 1.2, 1.0)
     assert count_disorder([a, b], 1.0) == 0
