@@ -1,13 +1,17 @@
 """python -m las_fast.attention: draw the attention of a model to a recording, below the spectrogram.
 
     python -m las_fast.attention --checkpoint speech13h talk.flac --start 4 --end 8
+    python -m las_fast.attention --checkpoint runs/mine --data ROOT --utterance 1272-128104-0000
 
 Rows are characters and columns are seconds. The words stand above, where the model attends to them. The text is that
-which the model recognises, or that of --text.
+which the model recognises, or that of --text. An utterance of an archive of features is drawn below its normalised
+features instead of a spectrogram.
 """
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import math
 import sys
 from functools import partial
@@ -17,12 +21,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from las_fast.cli import run
 from las_fast.errors import InputError, show
 from las_fast.files import prepare_output_file, write_atomically
-from las_fast.options import Parser, as_file, as_recording
+from las_fast.options import Parser, as_file, as_path, as_recording
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     import numpy as np
     from torch import Tensor
 
+    from las_fast.data.corpus import Corpus, Utterance
     from las_fast.recogniser import Recogniser
     from las_fast.text import Vocabulary
 
@@ -34,9 +39,10 @@ class Picture(NamedTuple):
 
     text: str
     weights: np.ndarray  # (U, T) float32 attention of each character and of <eos>; NaN where silence was trimmed
-    spectrogram: np.ndarray  # (T, mel bins) float32 log-mel
+    spectrogram: np.ndarray  # (T, mel bins) float32 log-mel; or (T, F) features of an archive, normalised
     frame_seconds: float  # seconds between feature frames
     start: float  # seconds of the recording before the first frame
+    sample_rate: int | None  # of the recording, in Hz; None for an archive of features
 
 
 def parser() -> Parser:
@@ -48,7 +54,10 @@ def parser() -> Parser:
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
     )
-    parser.add_argument("file", type=as_recording, metavar="FILE", help="recording: wav, flac, ogg or mp3")
+    parser.add_argument("file", nargs="?", type=as_recording, metavar="FILE", help="recording: wav, flac, ogg or mp3")
+    parser.add_argument("--data", type=as_path, metavar="ROOT", help="instead of FILE: corpus with --utterance")
+    parser.add_argument("--utterance", metavar="ID", help="id of an utterance of --data")
+    parser.add_argument("--split", help="split of --data with the utterance (default: the only one that has it)")
     parser.add_argument(
         "--start", type=float, default=0.0, metavar="SECONDS", help="start of the part to draw (default: 0)"
     )
@@ -64,7 +73,7 @@ def parser() -> Parser:
         "--out",
         type=as_file,
         metavar="FILE.png",
-        help="picture to write (default: FILE.attention.png in the current folder)",
+        help="picture to write (default: FILE.attention.png or ID.attention.png in the current folder)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     return parser
@@ -74,15 +83,20 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     options = parser().parse_args(argv)
     check_span(options.start, options.end)
-    out = options.out or Path(f"{options.file.stem}.attention.png")
+    check_source(options)
+    name = options.file.name if options.file else options.utterance
+    out = options.out or Path(f"{options.file.stem if options.file else Path(name).name}.attention.png")
     inputs = (options.file, options.checkpoint)
     prepare_output_file(out, "--out", what="a picture", suffixes=(".png",), inputs=inputs, may_replace=is_png)
     from las_fast.output.figures import utterance_picture
     from las_fast.recogniser import load
 
     model = load(options.checkpoint, device=options.device)
-    picture = make_picture(model, options.file, options.start, options.end, text=options.text, beam=options.beam)
-    title = f"{options.file.name}, {'given text' if options.text is not None else 'recognised text'}"
+    if options.file:
+        picture = make_picture(model, options.file, options.start, options.end, text=options.text, beam=options.beam)
+    else:
+        picture = picture_of_utterance(model, options)
+    title = f"{name}, {'given text' if options.text is not None else 'recognised text'}"
     draw = partial(
         utterance_picture,
         weights=picture.weights,
@@ -91,11 +105,23 @@ def main(argv: list[str] | None = None) -> None:
         title=show(title),
         frame_seconds=picture.frame_seconds,
         start=picture.start,
-        sample_rate=model.loaded.config.features.sample_rate,
+        sample_rate=picture.sample_rate,
     )
     write_atomically(out, draw)
     print(picture.text)
     print(f"written     {out}")
+
+
+def check_source(options: argparse.Namespace) -> None:
+    """Raise InputError unless the options name either a recording or an utterance of some data."""
+    named = [options.data, options.utterance]
+    if options.file is None and None in named:
+        raise InputError("give a recording, or an utterance of an archive by --data ROOT --utterance ID")
+    if options.file is not None and named + [options.split] != [None] * 3:
+        raise InputError(
+            f"--data, --split and --utterance name an utterance, but the recording {show(options.file)} "
+            "is given too; give one of them"
+        )
 
 
 def check_span(start: float, end: float | None) -> None:
@@ -138,23 +164,105 @@ def make_picture(
     from las_fast.data.audio import load_audio
     from las_fast.data.features import compute_features, logmel_config, seconds_of, speech_features
 
-    config = model.loaded.config.features
+    config, known = model.loaded.config.features, model.loaded.info.get("data", {})
+    if known.get("kind") == "features":
+        message = f"was trained on the features of {known.get('name')}; those that las_fast computes may differ"
+        print(f"warning: checkpoint {model.loaded.path} {message}", file=sys.stderr)
     samples = load_audio(path, config.sample_rate, start=start, seconds=None if end is None else end - start)
-    seconds = len(samples) / config.sample_rate
-    if seconds > MAX_SECONDS:
-        advice = f"give a part, such as --start {start:g} --end {start + 10:g}"
-        raise InputError(f"a picture shows at most {MAX_SECONDS:g} s, but {show(path)} has {seconds:.1f} s; {advice}")
+    check_length(path, len(samples) / config.sample_rate, start)
     ((features, spans),) = speech_features([samples], config)
     (spectrogram,) = compute_features([samples], logmel_config(config))
     tokens, weights = attend(model, features, text=text, beam=beam)
     columns = np.concatenate([np.arange(first, last) for first, last in spans])  # frames that were not trimmed
-    drawn = np.full((len(weights), len(spectrogram)), np.nan, np.float32)
-    per_frame = np.repeat(weights, model.loaded.model.time_reduction, axis=1)  # from encoder frames to feature frames
-    count = min(len(columns), per_frame.shape[1])
-    drawn[:, columns[:count]] = per_frame[:, :count]
-    return Picture(
-        model.loaded.vocabulary.decode(tokens), drawn, spectrogram.numpy(), float(seconds_of(1, config)), start
-    )
+    drawn = per_column(model, weights, columns, len(spectrogram))
+    shift = float(seconds_of(1, config))
+    return Picture(model.loaded.vocabulary.decode(tokens), drawn, spectrogram.numpy(), shift, start, config.sample_rate)
+
+
+def picture_of_utterance(model: Recogniser, options: argparse.Namespace) -> Picture:
+    """Compute the contents of a picture of an utterance of --data; --start and --end count from its start.
+
+    Raises:
+        InputError: there is no such utterance, the model cannot take it, or make_picture raises it.
+    """
+    from las_fast.data.layouts import open_corpus
+    from las_fast.decode import check_fits
+
+    corpus = open_corpus(options.data)
+    found = find_utterance(corpus, options.utterance, options.split)
+    check_fits(corpus, model.loaded)
+    if corpus.kind == "features":
+        return picture_of_features(model, corpus, found, options)
+    start, end = found.start + options.start, None if options.end is None else found.start + options.end
+    limit = found.span[1]
+    if math.isfinite(limit):
+        end = limit if end is None else min(end, limit)
+    if end is not None and start >= end:
+        seconds = end - found.start
+        raise InputError(f"--start {options.start:g} is not before the end of {show(found.id)}, {seconds:.1f} s")
+    return make_picture(model, found.path, start, end, text=options.text, beam=options.beam)
+
+
+def find_utterance(corpus: Corpus, name: str, split: str | None) -> Utterance:
+    """Return the utterance with that id; raise InputError if there is none, or if several splits have one."""
+    splits = corpus.splits if split is None else corpus.resolve(split)
+    listings = {one: {u.id: u for u in corpus.utterances(one)} for one in splits}
+    having = [one for one, utterances in listings.items() if name in utterances]
+    if not having:
+        ids = [one for utterances in listings.values() for one in utterances]
+        near = difflib.get_close_matches(name, ids, 1) or ids[:1]
+        example = f", such as {show(near[0])}" if near else ""
+        raise InputError(
+            f"{show(corpus.root)} has no utterance {show(name)} in {', '.join(splits)}; give an id of these{example}"
+        )
+    if len(having) > 1:
+        raise InputError(f"the splits {' and '.join(having)} each have an utterance {show(name)}; give one by --split")
+    return listings[having[0]][name]
+
+
+def picture_of_features(model: Recogniser, corpus: Corpus, found: Utterance, options: argparse.Namespace) -> Picture:
+    """Compute the contents of a picture of an utterance whose features are in a file; see picture_of_utterance."""
+    import numpy as np
+    import torch
+
+    from las_fast.data.normalisation import normalise
+    from las_fast.data.readers import read_utterance
+
+    config = model.loaded.config.features
+    item = read_utterance(corpus, found, config)
+    if item.frames is None:
+        raise InputError(item.problem)
+    shift = config.shift_ms / 1000
+    first, last = round(options.start / shift), None if options.end is None else round(options.end / shift)
+    frames = torch.from_numpy(item.frames[first:last])
+    if not len(frames):
+        raise InputError(f"--start {options.start:g} is not before the end of {show(found.id)}, {item.seconds:.1f} s")
+    check_length(found.id, len(frames) * shift, options.start)
+    tokens, weights = attend(model, frames, text=options.text, beam=options.beam)
+    drawn = per_column(model, weights, np.arange(len(frames)), len(frames))
+    shown = normalise(frames, config, model.loaded.statistics).numpy()
+    return Picture(model.loaded.vocabulary.decode(tokens), drawn, shown, shift, first * shift, None)
+
+
+def check_length(name: str | Path, seconds: float, start: float) -> None:
+    """Raise InputError if a part is longer than MAX_SECONDS."""
+    if seconds > MAX_SECONDS:
+        advice = f"give a part, such as --start {start:g} --end {start + 10:g}"
+        raise InputError(f"a picture shows at most {MAX_SECONDS:g} s, but {show(name)} has {seconds:.1f} s; {advice}")
+
+
+def per_column(model: Recogniser, weights: np.ndarray, columns: np.ndarray, count: int) -> np.ndarray:
+    """Spread weights (U, encoder frames) over `count` columns, (U, count) float32, NaN where nothing was heard.
+
+    columns: (T,) the column of each feature frame that the model heard.
+    """
+    import numpy as np
+
+    drawn = np.full((len(weights), count), np.nan, np.float32)
+    per_frame = np.repeat(weights, model.loaded.model.time_reduction, axis=1)
+    known = min(len(columns), per_frame.shape[1])
+    drawn[:, columns[:known]] = per_frame[:, :known]
+    return drawn
 
 
 def attend(model: Recogniser, features: Tensor, *, text: str | None, beam: int | None) -> tuple[list[int], np.ndarray]:
@@ -177,13 +285,9 @@ def attend(model: Recogniser, features: Tensor, *, text: str | None, beam: int |
     from las_fast.text import EOS
 
     loaded, config = model.loaded, model.loaded.config.features
-    known = loaded.info.get("data", {})
-    if known.get("kind") == "features":
-        message = f"was trained on the features of {known.get('name')}; those that las_fast computes may differ"
-        print(f"warning: checkpoint {loaded.path} {message}", file=sys.stderr)
     inputs = add_deltas(normalise(features, config, loaded.statistics), config.deltas)
     if text is None:
-        data = Utterances([inputs], ["the recording"], [seconds_of(len(inputs), config)])
+        data = Utterances([inputs], ["the utterance"], [seconds_of(len(inputs), config)])
         decoder = model.decoder(model.settings(beam=beam))
         tokens = list(model.decode_dataset(data, decoder, progress=False)[0][0].text_tokens)
     else:

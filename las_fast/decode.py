@@ -163,11 +163,11 @@ def load_splits(options: argparse.Namespace, corpus: Corpus, splits: tuple[str, 
     return dataset
 
 
-def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool = False) -> None:
+def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool | None = None) -> None:
     """Check the features of a corpus against those that the checkpoint was trained on.
 
     A warning is printed if the archives differ but their frames have the same size, or if any_features allows another
-    kind.
+    kind; None is for commands without --any-features.
 
     Raises:
         InputError: the sizes differ, or the kinds (precomputed, computed from audio) differ without any_features.
@@ -186,7 +186,8 @@ def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool = False) ->
         trained = f"checkpoint {loaded.path} was trained on {kinds[known['kind']]} ({known['name']})"
         problem = f"{trained}, but {corpus.name} has {kinds[corpus.kind]}"
         if not any_features:
-            raise InputError(f"{problem}; decode data of the same kind, or add --any-features to decode it anyway")
+            option = "" if any_features is None else ", or add --any-features to decode it anyway"
+            raise InputError(f"{problem}; give data of the same kind{option}")
         print(f"warning: {problem}; expect many errors", file=sys.stderr)
     elif corpus.kind == "features" and known["name"] != corpus.name:
         print(

@@ -1,16 +1,19 @@
 """The command las_fast.attention: the picture of one recording, its axes, and errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 from matplotlib.axes import Axes
 from tiny_checkpoints import make_checkpoint
-from tiny_corpora import make_speech
+from tiny_corpora import make_archive, make_speech
 
 from las_fast import attention, load
 from las_fast.config import FeatureConfig
 from las_fast.data.features import compute_features
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.output import figures
 from las_fast.text import EOS
@@ -140,6 +143,112 @@ def test_a_long_recording_needs_a_part(workspace, tmp_path, monkeypatch):
         InputError, match=r"at most 30 s, but .*long.wav has 31.0 s; give a part, such as --start 0 --end 10"
     ):
         draw(workspace, name="long.wav")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """An archive of features, and a model for them."""
+    folder = tmp_path_factory.mktemp("archive")
+    root = make_archive(folder, "F23")
+    info = {"data": {"kind": "features", "name": "HW4P2 F23"}}
+    return root, make_checkpoint(folder, 28, info=info)
+
+
+def draw_utterance(archive, *words):
+    root, checkpoint = archive
+    attention.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--data", str(root), *map(str, words)])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The options with which pictures are drawn."""
+    drawn = []
+    real = figures.utterance_picture
+    monkeypatch.setattr(figures, "utterance_picture", lambda path, **o: drawn.append(o) or real(path, **o))
+    return drawn
+
+
+def test_an_utterance_of_an_archive_is_drawn_with_its_normalised_features(
+    archive, drawn, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    found = open_corpus(archive[0]).utterances("dev-clean")[1]
+    draw_utterance(archive, "--utterance", found.id, "--text", "A B")
+    assert capsys.readouterr().out.splitlines() == ["A B", f"written     {found.id}.attention.png"]
+    assert (tmp_path / f"{found.id}.attention.png").read_bytes().startswith(b"\x89PNG")
+    frames = torch.from_numpy(np.load(found.path))
+    model = load(archive[1], device="cpu")
+    tokens, weights = attention.attend(model, frames, text="A B", beam=None)
+    assert model.loaded.vocabulary.decode(tokens) == "A B"
+    expected = np.repeat(weights, model.loaded.model.time_reduction, axis=1)[:, : len(frames)]
+    ((options),) = drawn
+    count = expected.shape[1]
+    assert np.allclose(options["weights"][:, :count], expected) and options["weights"].shape == (4, len(frames))
+    assert np.allclose(options["spectrogram"].mean(0), 0, atol=1e-5) and options["spectrogram"].shape == frames.shape
+    assert options["sample_rate"] is None and options["frame_seconds"] == 0.01 and options["start"] == 0
+
+
+def test_a_part_of_an_archives_utterance_is_cut_by_its_frames(archive, drawn, tmp_path):
+    found = open_corpus(archive[0]).utterances("dev-clean")[0]
+    draw_utterance(archive, "--utterance", found.id, "--start", 0.05, "--end", 0.17, "--out", tmp_path / "x.png")
+    assert drawn[0]["weights"].shape[1] == 12 and drawn[0]["start"] == pytest.approx(0.05)
+
+
+def test_an_utterance_of_recordings_is_drawn_as_its_part_of_the_recording(workspace, drawn, tmp_path):
+    soundfile.write(tmp_path / "talk.wav", make_speech(3.0), 16000)
+    manifest = tmp_path / "manifest.tsv"
+    manifest.write_text("path\tsplit\ttext\toffset\tduration\tid\ntalk.wav\tdev\tA\t1.0\t1.5\tmiddle\n")
+    archive = manifest, workspace / "untrained-20.safetensors"
+    draw_utterance(archive, "--utterance", "middle", "--start", 0.5, "--out", tmp_path / "x.png")
+    (options,) = drawn
+    assert options["start"] == 1.5 and options["weights"].shape[1] == pytest.approx(98, abs=3)
+    assert options["sample_rate"] == 16000
+    with pytest.raises(InputError, match=r"^--start 2 is not before the end of middle, 1.5 s$"):
+        draw_utterance(archive, "--utterance", "middle", "--start", 2, "--out", tmp_path / "y.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--utterance", "dev-clean-9"], "has no utterance dev-clean-9 in dev-clean, .*; give an id of these, such as"),
+        (["--utterance", "x", "--split", "other"], "has no split 'other'"),
+        (["--utterance", "ID", "--start", "9"], "--start 9 is not before the end of ID, 0.[0-9] s$"),
+        (["talk.wav", "--utterance", "ID"], "but the recording talk.wav is given too; give one of them"),
+        ([], "give a recording, or an utterance of an archive by --data ROOT --utterance ID"),
+    ],
+)
+def test_an_utterance_that_cannot_be_drawn_is_one_sentence(archive, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    name = open_corpus(archive[0]).utterances("dev-clean")[0].id
+    with pytest.raises(InputError, match=message.replace("ID,", f"{name},")):
+        draw_utterance(archive, *(name if word == "ID" else word for word in words))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_id_of_two_splits_needs_the_split(archive):
+    corpus = open_corpus(archive[0])
+    first, second = corpus.splits[0], corpus.splits[1]
+    utterances = corpus.utterances(first)
+    both = replace(corpus, listings={**corpus.listings, second: lambda: utterances})
+    name = utterances[0].id
+    with pytest.raises(InputError, match=f"the splits {first} and {second} each have an utterance {name}; give one by"):
+        attention.find_utterance(both, name, None)
+    assert attention.find_utterance(both, name, second) is utterances[0]
+
+
+def test_a_model_for_recordings_does_not_take_features(archive, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 28, info={"data": {"kind": "audio", "name": "LibriSpeech"}})
+    name = open_corpus(archive[0]).utterances("dev-clean")[0].id
+    with pytest.raises(InputError, match="HW4P2 F23 has precomputed frames; give data of the same kind$"):
+        draw_utterance((archive[0], checkpoint), "--utterance", name, "--out", tmp_path / "x.png")
+
+
+def test_a_damaged_feature_file_is_named(archive, tmp_path):
+    root = make_archive(tmp_path, "F23")
+    found = open_corpus(root).utterances("dev-clean")[0]
+    found.path.write_bytes(b"not an array")
+    with pytest.raises(InputError, match="is not a feature file"):
+        draw_utterance((root, archive[1]), "--utterance", found.id, "--out", tmp_path / "x.png")
 
 
 def test_an_unrelated_file_is_not_replaced(workspace, tmp_path):

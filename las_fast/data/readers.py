@@ -47,6 +47,12 @@ class Item:
     problem: str = ""
 
 
+def read_utterance(corpus, utterance: Utterance, features: FeatureConfig) -> Item:
+    """Read one utterance in this process."""
+    (item,) = _process_chunk((corpus.kind, corpus.feature_size, corpus.transposed, features), [utterance])
+    return item
+
+
 def read_utterances(
     corpus, utterances, features: FeatureConfig, scratch: Path, workers: int
 ) -> Generator[Item, None, None]:

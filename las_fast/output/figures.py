@@ -72,19 +72,19 @@ def utterance_picture(
     title: str,
     frame_seconds: float,
     start: float,
-    sample_rate: int,
+    sample_rate: int | None,
 ) -> None:
     """Write a PNG of a spectrogram, and below it the attention weights on the same axis in seconds.
 
     Args:
         path:          output file; the suffix does not matter.
         weights:       (U, T) float32; U is one more than len(text), for <eos>; NaN is left blank.
-        spectrogram:   (T, mel bins) float32 log-mel.
+        spectrogram:   (T, mel bins) float32 log-mel, or (T, F) other features.
         text:          one character per row of weights; its words are written above the spectrogram.
         title:         above the picture.
         frame_seconds: seconds per column.
         start:         seconds of the recording before the first column.
-        sample_rate:   Hz that the mel bins were computed for.
+        sample_rate:   Hz that the mel bins were computed for; None for other features.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def utterance_picture(
     canvas.print_figure(path, format="png", dpi=110, facecolor=figure.get_facecolor())
 
 
-def _draw_spectrogram(axes, spectrogram: np.ndarray, span: tuple[float, float], sample_rate: int) -> None:
+def _draw_spectrogram(axes, spectrogram: np.ndarray, span: tuple[float, float], sample_rate: int | None) -> None:
     from las_fast.data.features import filter_centres  # imports torch
 
     low, high = np.percentile(spectrogram, (5, 99.5))
@@ -118,6 +118,10 @@ def _draw_spectrogram(axes, spectrogram: np.ndarray, span: tuple[float, float], 
         spectrogram.T, aspect="auto", origin="lower", cmap="Greys", vmin=low, vmax=max(high, low + 1e-6),
         extent=(*span, -0.5, bins - 0.5),
     )  # fmt: skip
+    if sample_rate is None:
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_ylabel("feature, normalised")
+        return
     centres = filter_centres(bins, sample_rate).numpy()
     shown = [hertz for hertz in (250, 500, 1000, 2000, 4000, 8000) if centres[0] <= hertz <= centres[-1]]
     axes.set_yticks(np.interp(shown, centres, np.arange(bins)), [f"{hertz / 1000:g}" for hertz in shown], fontsize=7)
