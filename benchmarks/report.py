@@ -6,6 +6,7 @@ Pictures go to benchmarks/results/plots: bars that compare las_fast with the bas
 batch, beam, frames, vocabulary, hidden size and threads; and the time and memory of the decode command. The curves also
 show a lower bound for the plain search: its operations and bytes at the machine's matmul throughput and memory
 bandwidth (benchmarks.machine). If the same thing was measured several times, the last row counts.
+benchmarks/results/README.md says in words what each picture shows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -23,6 +27,7 @@ from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
 from matplotlib.ticker import LogLocator  # noqa: E402
 
 from benchmarks import machine  # noqa: E402
+from benchmarks.picture_index import Entry, index  # noqa: E402
 from benchmarks.rows import RESULTS, machine_name, read_rows  # noqa: E402
 
 PLOTS = RESULTS / "plots"
@@ -32,6 +37,7 @@ AXIS_LETTERS = {"batch": "B", "beam": "K", "frames": "T", "vocabulary": "V", "hi
 LETTERS = {"B": "batch {}", "K": "beam {}", "T": "{} frames", "U": "{} tokens", "S": "{} labels", "F": "{} features",
            "I": "input size {}", "H": "hidden size {}", "D": "key size {}", "V": "vocabulary {}"}  # fmt: skip
 EQUAL_SPEED = 1.03  # ratios up to this one, and down to its inverse, are called equal
+AXIS_WORDS = {"beam": "a beam of {}", "vocabulary": "a vocabulary of {}", "hidden size": "a hidden size of {}"}
 AXIS_LABELS = {"frames": "encoder frames", "batch": "utterances per batch"}
 KEY_SIZE = 256  # in all benchmarks of the search
 COLOURS = {
@@ -140,9 +146,7 @@ def bars(rows: list[Row], title: str, path: Path) -> None:
     rows = sorted(rows, key=time_of, reverse=True)
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.5), layout="constrained")
     times = [time_of(row) for row in rows]
-    repeated = len({row["path"] for row in rows}) < len(rows)  # add the dtype to distinguish them
-    names = [f"{row['path']}, {row['dtype']}" if repeated else row["path"] for row in rows]
-    axes.barh(names, times, color=[COLOURS.get(row["path"], OTHER_COLOUR) for row in rows])
+    axes.barh(names_of(rows), times, color=[COLOURS.get(row["path"], OTHER_COLOUR) for row in rows])
     wall_times = [float(row["median"]) for row in rows]
     axes.plot(wall_times, range(len(rows)), "|", color="#222222", markersize=14)
     column = "cpu_ratio" if rows[0]["threads"] == "1" else "ratio"
@@ -155,6 +159,12 @@ def bars(rows: list[Row], title: str, path: Path) -> None:
     marks = "; marks: wall-clock time" if clock_of(rows[0]) == "CPU time" else ""
     axes.set_xlabel(f"{rows[0]['unit']}, {clock_of(rows[0])}{marks}; shorter is faster")
     finish(figure, title, rows, path)
+
+
+def names_of(rows: list[Row]) -> list[str]:
+    """Return the names of the paths, with the dtype where one path has several."""
+    repeated = len({row["path"] for row in rows}) < len(rows)
+    return [f"{row['path']}, {row['dtype']}" if repeated else row["path"] for row in rows]
 
 
 def clock_of(row: Row) -> str:
@@ -266,16 +276,77 @@ def load_in_words(low: float, high: float) -> str:
     return f"{low:.1f} to {high:.1f}" if f"{low:.1f}" != f"{high:.1f}" else f"{high:.1f}"
 
 
-def draw(rows: list[Row], limits: dict[tuple[str, str], float], folder: Path) -> list[Path]:
-    """Draw bars for each comparison and curves for each axis; return the paths of the pictures."""
-    paths = []
+class Picture(NamedTuple):
+    """A picture of measurements."""
+
+    entry: Entry
+    draw: Callable[[Path], None]  # write it to a path
+
+
+def pictures(rows: list[Row], growth_rows: list[Row], limits: dict[tuple[str, str], float]) -> list[Picture]:
+    """Return the pictures of one machine's rows: bars for each comparison, curves for each axis, and growth."""
+    found = []
     for (what, shape, threads), members in group([row for row in rows if not axis_of(row["what"])]).items():
-        paths.append(folder / f"{slug(what)}-{slug(shape)}-{threads}.png")
-        bars(members, f"{what}\n{shape_in_words(shape)}", paths[-1])
+        title = f"{what}\n{shape_in_words(shape)}"
+        entry = Entry(
+            f"{slug(what)}-{slug(shape)}-{threads}.png", f"{what}, {shape_in_words(shape)}", bars_in_words(members)
+        )
+        found.append(Picture(entry, partial(bars, members, title)))
     for what in dict.fromkeys(row["what"] for row in rows if axis_of(row["what"])):
-        paths.append(folder / f"{slug(what)}.png")
-        curves([row for row in rows if row["what"] == what], axis_of(what), limits, paths[-1])
-    return paths
+        members = [row for row in rows if row["what"] == what]
+        entry = Entry(f"{slug(what)}.png", what, curves_in_words(members, axis_of(what)))
+        found.append(Picture(entry, partial(curves, members, axis_of(what), limits)))
+    if growth_rows:
+        entry = Entry("growth.png", "time and memory of decode", growth_in_words(growth_rows))
+        found.append(Picture(entry, partial(growth, growth_rows)))
+    return found
+
+
+def bars_in_words(rows: list[Row]) -> str:
+    """Return how each path compares with its baseline, the fastest first."""
+    column = "cpu_ratio" if rows[0]["threads"] == "1" else "ratio"
+    named = list(zip(names_of(rows), rows, strict=True))
+    if rows[0]["what"].endswith("by stages"):
+        parts = [f"{name} {compare(row, column).partition(' of ')[0]}" for name, row in named if compare(row, column)]
+        return f"Of {rows[0]['baseline']}: {', '.join(parts)}."
+    bases = [f"{format_number(time_of(row))} {row['unit']}" for _, row in named if row["path"] == row["baseline"]]
+    others = sorted((float(row[column]), name) for name, row in named if row["path"] != row["baseline"])
+    faster = [f"{name} ({format_number(x)} times)" for x, name in reversed(others) if x > EQUAL_SPEED]
+    equal = [name for x, name in reversed(others) if 1 / EQUAL_SPEED <= x <= EQUAL_SPEED]
+    slower = [f"{name} ({format_number(1 / x)} times)" for x, name in reversed(others) if x < 1 / EQUAL_SPEED]
+    parts = [("Faster", faster), ("As fast", equal), ("Slower", slower)]
+    said = " ".join(f"{words}: {'; '.join(names)}." for words, names in parts if names)
+    return f"Baseline: {rows[0]['baseline']}, {' and '.join(bases)}. {said}"
+
+
+def curves_in_words(rows: list[Row], axis: str) -> str:
+    """Return the range of the speed of each path relative to the baseline, the fastest first."""
+    column = "ratio" if axis == "threads" else "cpu_ratio"
+    places = [position(row, axis) for row in rows]
+    ranges: dict[str, list[float]] = {}
+    for row in rows:
+        if row["path"] != row["baseline"]:
+            ranges.setdefault(row["path"], []).append(float(row[column]))
+    found = sorted(((max(x), min(x), path) for path, x in ranges.items()), reverse=True)
+    parts = [f"{path} ({range_in_words(low, high)} times)" for high, low, path in found]
+    label = AXIS_WORDS.get(axis, "{} " + AXIS_LABELS.get(axis, axis)).format(f"{min(places):g} to {max(places):g}")
+    return f"Faster than {rows[0]['baseline']} with {label}: {'; '.join(parts)}."
+
+
+def growth_in_words(rows: list[Row]) -> str:
+    """Return the time and the peak memory of the smallest and the largest size of each kind."""
+    parts = []
+    for over in dict.fromkeys(row["over"] for row in rows):
+        first, *_, last = (row for row in rows if row["over"] == over)
+        numbers = [(format_number(x["seconds"]), format_number(x["peak_mib"]), x["size"]) for x in (first, last)]
+        parts.append(" and ".join(f"{seconds} s, {peak} MiB for {size}" for seconds, peak, size in numbers))
+        parts[-1] += f" {over}"
+    return f"{'; '.join(parts)}."
+
+
+def range_in_words(low: float, high: float) -> str:
+    low, high = format_number(low), format_number(high)
+    return low if low == high else f"{low} to {high}"
 
 
 def slug(text: str) -> str:
@@ -297,12 +368,20 @@ def main(argv: list[str] | None = None) -> None:
     shares = read_rows(options.results / "shares.csv")
     if shares := latest(shares, options.machine, ("part", "task", "dtype", "shape")):
         print(f"\n{share_table(shares)}")
-    limits = machine.best_values(read_rows(options.results / "machine.csv"), options.machine)
-    pictures = draw(rows, limits, options.plots)
-    if growth_rows := latest_growth(read_rows(options.results / "growth.csv"), options.machine):
-        pictures.append(options.plots / "growth.png")
-        growth(growth_rows, pictures[-1])
-    print("\n".join(map(str, pictures)))
+    found = recorded_pictures(options.results, options.machine)
+    for picture in found:
+        picture.draw(options.plots / picture.entry.name)
+        print(options.plots / picture.entry.name)
+    page = options.plots.parent / "README.md"
+    page.write_text(index([picture.entry for picture in found], options.machine), encoding="utf-8")
+    print(page)
+
+
+def recorded_pictures(results: Path, name: str) -> list[Picture]:
+    """Return the pictures of the rows of one machine in a folder of CSV files."""
+    rows = latest([row for file in FILES for row in read_rows(results / f"{file}.csv")], name)
+    limits = machine.best_values(read_rows(results / "machine.csv"), name)
+    return pictures(rows, latest_growth(read_rows(results / "growth.csv"), name), limits)
 
 
 if __name__ == "__main__":

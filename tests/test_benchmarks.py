@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from benchmarks import (
     interview,
     learning_curve,
     machine,
+    picture_index,
     recognition,
     report,
     scores,
@@ -32,7 +34,7 @@ from benchmarks import (
 )
 from benchmarks.flops import listener_flops, speller_flops
 from benchmarks.plain import Plain, PlainGraphed, PlainPacked, Usual
-from benchmarks.rows import append_rows, context, machine_name, read_rows
+from benchmarks.rows import RESULTS, append_rows, context, machine_name, read_rows
 from benchmarks.splits import utterances_of
 from benchmarks.subprocess_timer import SubprocessTimer
 from benchmarks.synthetic_speech import LETTERS_PER_FRAME, write_recordings
@@ -42,6 +44,7 @@ from las_fast.checkpoint import load_model
 from las_fast.config import DataConfig, DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, to_yaml
 from las_fast.data.audio import load_audio
 from las_fast.data.corpus import Utterance
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
 from las_fast.search.beam import beam_search
@@ -193,6 +196,34 @@ def test_a_report_has_the_last_row_of_each_path_as_bars_and_curves(tmp_path, cap
         f"beam-search-b16-k8-t200-v31-h512-d256-64-steps-{threads}.png", "beam-search-by-batch.png",
     ]  # fmt: skip
     assert all(p.stat().st_size > 5000 for p in pictures)
+    assert "beam-search-by-batch.png" in (tmp_path / "README.md").read_text()
+
+
+def test_the_page_about_pictures_says_what_the_rows_say_and_lists_every_picture():
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"^## Measurements on (.*)$", page, re.M)
+    assert page == picture_index.index([p.entry for p in report.recorded_pictures(RESULTS, name)], name)
+    assert sorted(re.findall(r"\]\(plots/(\S+)\)", page)) == sorted(p.name for p in (RESULTS / "plots").iterdir())
+
+
+def test_bars_are_told_from_the_fastest_to_the_slowest():
+    common = {"what": "beam search", "baseline": "plain", "threads": "1", "unit": "us", "dtype": "float32"}
+    rows = [common | {"path": path, "cpu": "2000", "median": "1", "cpu_ratio": ratio} for path, ratio in
+            (("plain", "1"), ("usual", "0.5"), ("new", "3.14159"), ("same", "0.99"), ("faster", "12"))]  # fmt: skip
+    assert report.bars_in_words(rows) == (
+        "Baseline: plain, 2000 us. Faster: faster (12 times); new (3.14 times). As fast: same. Slower: usual (2 times)."
+    )
+    stages = [row | {"what": "decoding by stages"} for row in rows[:2]]
+    assert report.bars_in_words(stages) == "Of plain: usual 200%."
+
+
+def test_curves_and_growth_are_told_by_their_ends():
+    common = {"what": "beam search by beam", "baseline": "plain", "threads": "1", "unit": "us"}
+    rows = [common | {"path": path, "shape": f"B16 K{K}", "cpu_ratio": ratio} for K, path, ratio in
+            ((1, "plain", "1"), (1, "x", "2"), (4, "plain", "1"), (4, "x", "1.5"))]  # fmt: skip
+    assert report.curves_in_words(rows, "beam") == "Faster than plain with a beam of 1 to 4: x (1.5 to 2 times)."
+    sizes = [{"over": "utterances", "size": n, "seconds": s, "peak_mib": "300"} for n, s in (("1", "2"), ("9", "8.5"))]
+    assert report.growth_in_words(sizes) == "2 s, 300 MiB for 1 and 8.5 s, 300 MiB for 9 utterances."
 
 
 @pytest.mark.parametrize(
@@ -240,8 +271,8 @@ def test_a_report_draws_the_growth_of_decoding(tmp_path):
     rows = [(*here, *size) for size in (*sizes, ("utterances", 9, 90, 0.9, 400.0, 0.0))]
     rows.append((*context()[:4], 2, *sizes[0]))
     append_rows(tmp_path / "growth.csv", test_bench_growth.COLUMNS, rows)
-    report.main(["--results", str(tmp_path), "--plots", str(tmp_path)])
-    assert (tmp_path / "growth.png").stat().st_size > 5000
+    report.main(["--results", str(tmp_path), "--plots", str(tmp_path / "plots")])
+    assert (tmp_path / "plots" / "growth.png").stat().st_size > 5000
     latest = report.latest_growth(read_rows(tmp_path / "growth.csv"), machine_name())
     assert [row["size"] for row in latest] == ["1", "1", "2", "2", "4", "4", "9", "9"]
     assert [row["peak_mib"] for row in latest[-2:]] == ["400.0", "500.0"]
@@ -435,6 +466,26 @@ def test_attention_of_several_epochs_is_one_picture(tmp_path):
     assert out.read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(InputError, match="run@3: expected RUN@EPOCH .* available epochs: 1, 12"):
         attention.main([f"{tmp_path}/run@3", "--out", str(out)])
+    with pytest.raises(InputError, match="--utterance 1: .*run@1 has the attention of 1 utterances, from 0 on"):
+        attention.main([f"{tmp_path}/run@1", "--utterance", "1", "--out", str(out)])
+
+
+def test_a_checkpoint_is_drawn_beside_its_training(tmp_path):
+    root = make_archive(tmp_path, "F23")
+    found = open_corpus(root).utterances("dev-clean")[1]
+    like = attention.Panel("epoch 1", found.id, "AB", np.full((3, 5), 0.2, np.float32), 0.02)
+    checkpoint = str(make_checkpoint(tmp_path, 28))
+    panel = attention.spell_panel(checkpoint, like, str(root))
+    frames = np.load(found.path)
+    assert panel.weights.shape == (3, -(-len(frames) // 2)) and panel.column_seconds == pytest.approx(0.02)
+    assert np.allclose(panel.weights.sum(1), 1, atol=1e-5)
+    attention.draw(tmp_path / "x.png", [like, panel])
+    assert (tmp_path / "x.png").stat().st_size > 3000
+    with pytest.raises(InputError, match=f"{checkpoint} is a checkpoint, .* give --data ROOT"):
+        (tmp_path / "run" / "attention").mkdir(parents=True)
+        arrays = {"ids": np.array([found.id]), "weights_0": like.weights, "text_0": np.array("AB")}
+        np.savez(tmp_path / "run" / "attention" / "epoch-0001.00.npz", **arrays)
+        attention.main([f"{tmp_path}/run@1", checkpoint, "--out", str(tmp_path / "y.png")])
 
 
 def test_scores_cover_every_part_and_setting_and_do_not_depend_on_the_batch(tmp_path, monkeypatch, capsys):
