@@ -41,7 +41,7 @@ LEVEL, NOISE = 0.06, 10 ** (-56 / 20)  # root mean square of the speech; standar
 PAUSE = (0.3, 1.5)  # seconds
 TOLERANCE = 1e-6  # seconds
 MAX_MINUTES = 600  # ten hours are 2.3 GB of samples
-# Runs transcribe, then prints its CPU time in seconds and its peak memory in KiB. resource.getrusage would include the memory of this process.
+# Runs transcribe, then prints its CPU seconds and peak memory in KiB; resource.getrusage would include this process.
 PROGRAM = """
 import re, sys, time
 from las_fast.cli import run
@@ -152,7 +152,7 @@ def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespac
     }  # fmt: skip
 
 
-def transcribe(path: Path, checkpoint: str, vad: str) -> tuple[dict, float, int]:
+def transcribe(path: Path, checkpoint: str, vad: str = "energy") -> tuple[dict, float, int]:
     """Transcribe a recording in a new process; return its JSON, CPU seconds and peak resident memory in MiB."""
     arguments = [str(path), "--checkpoint", checkpoint, "--format", "json", "--vad", vad]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
