@@ -117,7 +117,12 @@ class Recogniser:
         self,
         recording: StrPath | BinaryIO | Array,
         sample_rate: int | None = None,
-        **options: Unpack[SearchOptions],
+        *,
+        beam: int | None = None,
+        lm: LanguageModel = None,
+        nbest: int = 1,
+        min_speech_score: float = MIN_SPEECH_SCORE,
+        vad: str = "energy",
     ) -> Transcript:
         """Transcribe a recording of any length, cut at pauses into segments of speech.
 
@@ -130,18 +135,19 @@ class Recogniser:
             sample_rate:      of an array, in Hz; must be omitted otherwise.
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
             lm:               file of a language model, or name of a released one; its weight is 0.1 unless the settings
-                              have one. None, the default: that of the settings; False: no language model.
-            nbest:            hypotheses returned per segment, at most the beam; default 1.
-            min_speech_score: segments with a lower speech score are left out as noise; default 1.0, and -inf keeps all.
-                              Without a CTC head it has no effect.
-            vad:              how speech and pauses are found: by "energy", the default, or with the package silero-vad
-                              by "silero", which tells speech from music and changing noise.
+                              have one. None: that of the settings; False: no language model.
+            nbest:            hypotheses returned per segment, at most the beam.
+            min_speech_score: segments with a lower speech score are left out as noise; -inf keeps all. Without a CTC
+                              head it has no effect.
+            vad:              how speech and pauses are found: by "energy", or with the package silero-vad by "silero",
+                              which tells speech from music and changing noise.
 
         Raises:
             InputError: the recording or an option is invalid, or a segment does not fit in memory.
         """
         audio = to_audio(recording, sample_rate)
         messages: list[str] = []
+        options = SearchOptions(beam=beam, lm=lm, nbest=nbest, min_speech_score=min_speech_score, vad=vad)
         ((_, transcript),) = self.transcribe_all([audio], **options, warn=messages.append)
         if transcript.noise:
             messages.append(noise_warning(name_of(audio), transcript, "min_speech_score"))
@@ -160,7 +166,7 @@ class Recogniser:
         Segments of several recordings are decoded in one batch, which is faster than calling `transcribe` for each.
 
         Args:
-            recordings:   each as in `transcribe`, like sample_rate, beam, lm, nbest and min_speech_score.
+            recordings:   each as in `transcribe`, which also has beam, lm, nbest, min_speech_score and vad.
             skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising; default False.
             pool_seconds: seconds of speech decoded together; default 600.
             warn:         called with a message for each problem of a recording; default warnings.warn.
