@@ -23,6 +23,7 @@ from las_fast.tree import flatten, from_tree, to_tree
 
 PRESETS = Path(__file__).parent / "configs"
 MAX_NUMBER = 10**9  # upper bound of numbers whose field does not set one
+MAX_BEAM = 1000
 VADS = ("energy", "silero")  # how recordings are cut; see las_fast.data.vad
 NEEDS_CTC_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
 
@@ -238,7 +239,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    beam: int = number(8, at_least=1, at_most=1000)  # hypotheses kept at each step; 1: greedy
+    beam: int = number(8, at_least=1, at_most=MAX_BEAM)  # hypotheses kept at each step; 1: greedy
     length_penalty: float = number(1.0, at_most=100)  # hypotheses are ranked by score / length ** length_penalty
     # allow <eos> only if its log-probability exceeds this factor times that of the best other; 0: always
     eos_threshold: float = 0.0

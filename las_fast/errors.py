@@ -21,6 +21,10 @@ class InputError(Exception):
     """
 
 
+class BadRecording(InputError):
+    """A recording cannot be read."""
+
+
 class SlowPathWarning(RuntimeWarning):
     """las_fast runs on slower paths than this machine allows; the message says why, and what to do."""
 

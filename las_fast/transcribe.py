@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from las_fast.cli import require_stdout, run
-from las_fast.config import VADS
-from las_fast.errors import InputError, show
+from las_fast.config import MAX_BEAM, VADS
+from las_fast.errors import BadRecording, InputError, show
 from las_fast.files import make_folder
 from las_fast.options import Parser, as_path, as_recording
 from las_fast.output.formats import FORMATS, Style
@@ -67,7 +67,8 @@ def parser() -> Parser:
     add("--format", choices=FORMATS, help="json has a line per recording, tsv per segment, ctm per word; "
         "textgrid is for Praat (default: that of --out FILE, else text)")  # fmt: skip
     add("--out", type=as_path, metavar="FOLDER|FILE",
-        help="folder for RECORDING.txt, .json, .srt ...; or, for one recording, a file such as talk.srt")  # fmt: skip
+        help="folder for RECORDING.txt, .json, .srt ..., in subfolders like those of a folder given; or, for one "
+             "recording, a file such as talk.srt")  # fmt: skip
     add("--existing", choices=("error", "skip", "replace"), default="error",
         help="what to do if an output file exists; skip: keep it, do not transcribe (default: error)")  # fmt: skip
     add("--case", choices=("lower", "upper"), help="write texts in lower or upper case (default: as the model does)")
@@ -133,6 +134,10 @@ def check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1; got {value}")
+    if options.beam is not None and options.beam > MAX_BEAM:
+        raise InputError(f"--beam must be at most {MAX_BEAM}; got {options.beam}")
+    if options.beam is not None and options.nbest > options.beam:
+        raise InputError(f"--nbest {options.nbest} needs a beam at least as wide; got --beam {options.beam}")
     if math.isnan(options.min_speech_score):
         raise InputError("--min-speech-score must be a number; got nan")
 
@@ -183,7 +188,7 @@ def emit(path: Path, transcript: Transcript, options: argparse.Namespace, target
 def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace) -> Iterator[tuple[Path, Transcript]]:
     """Yield each recording with its transcript; show progress and print warnings."""
     with Progress(sum(map(estimated_seconds, paths)) or None, "transcribing", "s of audio") as bar:
-        for path, transcript in model.transcribe_all(
+        transcripts = model.transcribe_all(
             paths,
             beam=options.beam,
             lm=options.lm,
@@ -194,10 +199,15 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
             pool_seconds=POOL_SECONDS,
             warn=warn,
             on_audio=bar.update,
-        ):
-            if transcript.noise:
-                warn(noise_warning(show(path), transcript, "--min-speech-score"))
-            yield path, transcript
+        )
+        try:
+            for path, transcript in transcripts:
+                if transcript.noise:
+                    warn(noise_warning(show(path), transcript, "--min-speech-score"))
+                yield path, transcript
+        except BadRecording as error:
+            hint = ", or leave out such files with --on-bad skip" if len(paths) > 1 else ""
+            raise InputError(f"{error}{hint}") from None
 
 
 def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path, Path]:
@@ -214,7 +224,9 @@ def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path,
         targets = {paths[0]: options.out}
     else:
         make_folder(options.out, "--out")
-        targets = output_files(paths, options.out, FORMATS[options.format][0])
+        roots = [path for path in options.files if path.is_dir()]
+        targets = output_files(paths, options.out, FORMATS[options.format][0], roots)
+        check_names(paths, targets, options)
     recordings = {os.path.realpath(path): path for path in paths}
     replaced = next((path for file in targets.values() if (path := recordings.get(os.path.realpath(file)))), None)
     if replaced:
@@ -229,6 +241,20 @@ def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path,
     return targets if options.existing == "replace" else {p: f for p, f in targets.items() if p not in existing}
 
 
+def check_names(paths: list[Path], targets: dict[Path, Path], options: argparse.Namespace) -> None:
+    """Raise InputError if --existing skip would go by numbered names, which change with the recordings given."""
+    if options.existing != "skip":
+        return
+    first: dict[tuple[Path, str], Path] = {}
+    for path in paths:
+        same = first.setdefault((targets[path].parent, path.name.casefold()), path)
+        if same is not path:
+            raise InputError(
+                f"--existing skip: {show(same)} and {show(path)} have one name, so their transcripts cannot be told "
+                "apart; transcribe each folder to an --out of its own, or give the folder above both"
+            )
+
+
 def check_existence(paths: list[Path]) -> None:
     """Raise InputError for the first recording that does not exist."""
     for path in paths:
@@ -240,6 +266,7 @@ def save(target: Path, text: str) -> None:
     """Write a transcript, and print the name of its file."""
     from las_fast.files import write_text_atomically
 
+    make_folder(target.parent, "--out")
     write_text_atomically(target, text)
     write(show(target))
 

@@ -19,7 +19,7 @@ from las_fast.data.audio import Audio, name_of, open_recording
 from las_fast.data.normalisation import Statistics
 from las_fast.data.samples import Samples, is_array, to_samples
 from las_fast.data.segments import Speech, segments
-from las_fast.errors import InputError, type_name
+from las_fast.errors import BadRecording, InputError, type_name
 from las_fast.output.transcripts import Hypothesis, Segment, Transcript, join_texts
 from las_fast.search.dataset import Utterances
 from las_fast.search.words import shift_words
@@ -78,7 +78,7 @@ class Transcription:
                 self.decode_pool()
                 yield from self._finished()
                 if not self.skip_bad:
-                    raise state.error
+                    raise BadRecording(str(state.error)) from None
                 self.warn(f"left out: {state.error}")
             yield from self._finished()
         self.decode_pool()

@@ -132,7 +132,12 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_work(workspace, c
     [
         (["gone.wav"], [], "gone.wav"),
         (["short.wav", "other.flac"], ["--format", "srt"], "give a folder with --out FOLDER"),
-        (["short.wav"], ["--beam", "100000"], "decoding.beam must be at most"),
+        (["short.wav"], ["--beam", "1001"], "--beam must be at most 1000; got 1001"),
+        (
+            ["short.wav"],
+            ["--format", "json", "--beam", "2", "--nbest", "3"],
+            "--nbest 3 needs a beam at least as wide; got",
+        ),
         (["short.wav"], ["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["short.wav"], ["--beam", "0"], "--beam must be at least 1"),
         (["short.wav"], ["--checkpoint", "gone"], "checkpoint gone"),
@@ -146,9 +151,12 @@ def test_bad_input_is_a_one_sentence_error(workspace, capsys, files, argv, messa
 
 def test_a_file_that_is_not_audio_is_refused(workspace, capsys):
     (workspace / "noise.wav").write_bytes(b"not audio")
-    with pytest.raises(SystemExit):
-        run(lambda _: transcribe(workspace, files=["noise.wav"]))
-    assert "noise.wav" in capsys.readouterr().err
+    hint = ", or leave out such files with --on-bad skip"
+    for files, has_hint in ((["noise.wav"], False), (["noise.wav", "short.wav"], True)):
+        with pytest.raises(SystemExit) as end:
+            run(lambda _, files=files: transcribe(workspace, files=files))
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and "noise.wav" in err and err.endswith(f"{hint}\n") == has_hint
 
 
 def test_unreadable_files_may_be_skipped_with_exit_status_1(workspace, capsys):
@@ -228,6 +236,25 @@ def test_existing_files_are_replaced_only_on_request(workspace, tmp_path, capsys
     assert "nothing to do: every transcript exists" in capsys.readouterr().out
     transcribe(workspace, "--out", str(tmp_path), "--existing", "replace", files=["short.wav"])
     assert (tmp_path / "short.txt").read_text() != "my own notes"
+
+
+def test_transcripts_of_a_folder_lie_in_its_subfolders_and_are_skipped_there(workspace, calls, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for day in ("friday", "monday"):
+        (folder / day).mkdir(parents=True)
+        (folder / day / "rec.wav").touch()
+    argv = ["--checkpoint", str(workspace / "untrained-20.safetensors"), "--out", str(out), "--existing", "skip"]
+    main([str(folder), *argv])
+    assert sorted(out.rglob("*.txt")) == [out / "friday/rec.txt", out / "monday/rec.txt"]
+    (folder / "early").mkdir()
+    (folder / "early" / "rec.wav").touch()
+    main([str(folder), *argv])
+    assert [call["paths"] for call in calls] == [["rec.wav", "rec.wav"], ["rec.wav"]]
+    assert (out / "early/rec.txt").exists() and len(list(out.rglob("*"))) == 6
+    with pytest.raises(
+        InputError, match="monday.* and .*friday.* have one name, so .* cannot be told apart; transcribe"
+    ):
+        main([str(folder / "monday" / "rec.wav"), str(folder / "friday" / "rec.wav"), *argv])
 
 
 def test_a_recording_given_twice_is_transcribed_once(workspace, capsys):

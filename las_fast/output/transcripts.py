@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -102,31 +102,39 @@ def noise_warning(name: str, transcript: Transcript, option: str) -> str:
     )
 
 
-def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Path]:
+def output_files(paths: list[Path], folder: Path, suffix: str, roots: Sequence[Path] = ()) -> dict[Path, Path]:
     """Map each of the distinct paths to a distinct output file in `folder`.
 
-    A file has the name of its recording, with the suffix replaced. Where names would be equal, the suffix is appended
-    instead; names that are still equal are numbered. Equal means that case does not matter.
+    A file has the name of its recording, with the suffix replaced. A recording below one of `roots` keeps its folders
+    from there on. Where names would be equal, the suffix is appended instead; names that are still equal are numbered.
+    Equal means that case does not matter.
     """
+    folders = {path: folder / _below(path, roots) for path in paths}
     stems = {path: "stdin" if str(path) == "-" else path.stem for path in paths}
-    counts = Counter(_file_key(stem, suffix) for stem in stems.values())
+    counts = Counter(_file_key(folders[path], stem, suffix) for path, stem in stems.items())
     taken: set[str] = set()
     files = {}
     for path, stem in stems.items():
-        if counts[_file_key(stem, suffix)] > 1:
+        if counts[_file_key(folders[path], stem, suffix)] > 1:
             stem = path.name if str(path) != "-" else stem
         number, name = 1, stem
-        while _file_key(name, suffix) in taken:
+        while (key := _file_key(folders[path], name, suffix)) in taken:
             number += 1
             name = f"{stem[: NAME_MAX // 2]}-{number}"
-        taken.add(_file_key(name, suffix))
-        files[path] = folder / _shortened(name, suffix)
+        taken.add(key)
+        files[path] = folders[path] / _shortened(name, suffix)
     return files
 
 
-def _file_key(name: str, suffix: str) -> str:
+def _below(path: Path, roots: Sequence[Path]) -> Path:
+    """Return the folders between the first of `roots` that holds the path and the path itself."""
+    root = next((root for root in roots if path.is_relative_to(root)), path.parent)
+    return path.parent.relative_to(root)
+
+
+def _file_key(folder: Path, name: str, suffix: str) -> str:
     """Return a key that is equal for two names if they may be the same file; some file systems ignore case."""
-    return _shortened(name, suffix).casefold()
+    return str(folder / _shortened(name, suffix)).casefold()
 
 
 def _shortened(name: str, suffix: str) -> str:

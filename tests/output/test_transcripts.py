@@ -51,6 +51,13 @@ def test_each_recording_has_its_own_file(paths, files):
     }
 
 
+def test_recordings_of_a_folder_keep_their_subfolders():
+    paths = [Path(name) for name in ("in/mon/rec.ogg", "in/fri/rec.ogg", "in/rec.ogg", "else/mon/rec.ogg")]
+    files = output_files(paths, Path("out"), ".srt", [Path("in")])
+    names = ["mon/rec.srt", "fri/rec.srt", "rec.ogg.srt", "rec.ogg-2.srt"]
+    assert files == {path: Path("out") / name for path, name in zip(paths, names, strict=True)}
+
+
 def test_equal_long_names_are_shortened_and_numbered():
     paths = [Path(folder) / f"{'a' * 240}.wav" for folder in "xyz"]
     names = [path.name for path in output_files(paths, Path("out"), ".srt").values()]
