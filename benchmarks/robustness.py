@@ -2,9 +2,9 @@
 
     python -m benchmarks.robustness --checkpoint RUN|NAME --data ROOT [--split dev] [--ways greedy best] [--record]
 
-The recipe changes the waveform, before everything that las_fast does to it. Its random numbers are seeded by the id of
-the utterance, so every checkpoint hears the same. SNR is the ratio of the mean power of the speech, pauses excluded, to
-that of the noise.
+The recipe changes the waveform, before everything that las_fast does to it. Its random numbers are seeded by the
+condition and the id of the utterance, so checkpoints of one sample rate hear the same from the same utterances. SNR is
+the ratio of the mean power of the speech, pauses excluded, to that of the noise.
 
     20, 10, 5 dB   noise whose power falls with frequency to the power 0 (white) to 2 (brown), drawn per utterance
     babble 10 dB   six other utterances of the split at once
@@ -126,7 +126,7 @@ def telephone(recordings: Recordings, i: int, generator: np.random.Generator) ->
 
 
 def impulse_response(rate: int, t60: float, direct_db: float, generator: np.random.Generator) -> np.ndarray:
-    """Return a made room impulse response: 1, then decaying noise with an energy `direct_db` dB below 1."""
+    """Return a synthetic room impulse response: 1, then decaying noise with an energy `direct_db` dB below 1."""
     time = np.arange(1, int(t60 * rate)) / rate
     tail = generator.standard_normal(len(time)) * 10 ** (-3 * time / t60)  # 60 dB after t60
     tail *= 10 ** (-direct_db / 20) / np.sqrt(np.sum(tail**2))
@@ -162,7 +162,7 @@ CONDITIONS: dict[str, Change] = {
 
 
 def changed(recordings: Recordings, utterances: list[Utterance], i: int, condition: str) -> np.ndarray:
-    """Return the samples (N,) float32 of utterance i under a condition; a function of its id, not of its position."""
+    """Return the samples (N,) float32 of utterance i under a condition; the same for each position of i in the list."""
     generator = np.random.default_rng(zlib.crc32(f"{condition} {utterances[i].id}".encode()))
     return CONDITIONS[condition](recordings, i, generator)
 
@@ -180,7 +180,11 @@ def open_utterances(options: argparse.Namespace) -> list[Utterance]:
     for u in utterances:
         if u.problem or not isinstance(u.transcript, str) or not u.transcript.strip():
             raise InputError(u.problem or f"{u.path} has no transcript; leave it out of the split")
-    if not 2 <= (options.limit or len(utterances)) <= len(utterances):
+    if len(utterances) < 2:
+        raise InputError(
+            f"--split {options.split} has {len(utterances)} utterances; babble needs others: give 2 or more"
+        )
+    if options.limit is not None and not 2 <= options.limit <= len(utterances):
         raise InputError(f"--limit must be 2 to {len(utterances)}, the size of {options.split}; got {options.limit}")
     drawn = np.random.default_rng(options.seed).permutation(len(utterances))[: options.limit]
     return [utterances[i] for i in sorted(drawn)]

@@ -34,11 +34,11 @@ def add_every_option(parser: argparse.ArgumentParser, *, only: str = "") -> None
 
 
 def utterances_of(data: str, split: str, every: int = 1) -> list[Utterance]:
-    """Return every N-th recording of a split.
+    """Return the first of every `every` recordings of a split.
 
     Raises:
-        InputError: the corpus has features instead of recordings, there is no such split, or a recording that is
-            selected has no transcript.
+        InputError: `every` is below 1, the corpus has features instead of recordings, there is no such split, it is
+            empty, or a selected recording has no transcript.
     """
     if every < 1:
         raise InputError(f"--every must be at least 1; got {every}")
@@ -46,8 +46,10 @@ def utterances_of(data: str, split: str, every: int = 1) -> list[Utterance]:
     if corpus.kind != "audio":
         raise InputError(f"--data {data} has {corpus.name} frames; give a corpus of recordings")
     utterances = [u for name in corpus.resolve(split) for u in corpus.utterances(name)][::every]
-    silent = [u.id for u in utterances if not str(u.transcript or "").strip()]
-    if silent or not utterances:
-        problem = f"{len(silent)} recordings without a transcript, the first is {silent[0]}" if silent else "none"
+    untranscribed = [u.id for u in utterances if not str(u.transcript or "").strip()]
+    if untranscribed or not utterances:
+        problem = "none"
+        if untranscribed:
+            problem = f"{len(untranscribed)} recordings without a transcript, the first is {untranscribed[0]}"
         raise InputError(f"--split {split} needs recordings with transcripts; it has {problem}")
     return utterances

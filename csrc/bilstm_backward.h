@@ -1,9 +1,9 @@
 // The backward pass of bilstm.cpp.
 //
-// lstm.h has the gradients of the gates of a step. They are computed from the last step to the first, where dX is the
-// gradient of X and dgates that of the following step:
-//   dh += W_hh^T dgates
-// Then, over all frames, with h' the previous hidden state:
+// lstm.h has the gradients of the gates of a step. They are computed from the last step to the first; dX is the
+// gradient of X, and dgates' that of the gates of the following step:
+//   dh += dgates' W_hh
+// Then, over all frames, with dgates of the frame itself and h' the previous hidden state:
 //   dx = sum over directions of dgates W_ih;   dW_ih = dgates^T x;   dW_hh = dgates^T h';   db = sum of dgates
 
 #pragma once

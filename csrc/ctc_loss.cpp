@@ -172,7 +172,8 @@ class Lattice {
 
 // ---------------------------------------------------------------------------------------------------------------- loss
 
-// Return minus the log-probability. Set `gradient` (T, V), unless null: the softmax minus the posterior of each token.
+// Return minus the log-probability, and set `gradient` (T, V), unless null, to the softmax minus the posterior of each
+// token. If no path spells the transcript, return 0 and leave `gradient` as it is.
 template <int W>
 LAS_INLINE float loss(Lattice& lattice, const Utterance& utterance, float* gradient) {
   const double total = lattice.forward<W>(utterance, false);

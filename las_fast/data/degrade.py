@@ -43,7 +43,7 @@ TALKERS, TALKER_DB = (3, 8), 3.0  # of babble: least and most; standard deviatio
 T60, DIRECT_DB = (0.2, 0.8), (-4.0, 8.0)  # seconds; level of the direct sound over the reverberation
 T60_SLOPE = (0.4, 1.0)  # T60 at the highest filter as a share of that at the lowest
 TELEPHONE, TELEPHONE_SHARE = (300.0, 3400.0), 0.3  # Hz; share of limited bands that are a telephone's
-TAIL_END = 1e-7  # power of the tail relative to the direct sound below which it is left out
+TAIL_END = 1e-7  # power of the tail relative to its start below which it is left out
 LOW_EDGE, HIGH_EDGE = (60.0, 500.0), (2500.0, 7500.0)  # Hz, of the other limited bands
 TINY = 1e-30  # a power that is not 0
 HISS_SHARE, HISS_DB = 0.5, (30.0, 80.0)  # limited bands with hiss; speech level over that of the hiss
@@ -73,7 +73,9 @@ def check_logmel(config: AugmentConfig, features: FeatureConfig, kind: str) -> N
     if degrades(config) and (kind != "audio" or features.kind != "logmel"):
         names = " and ".join(f"augment.{name}" for name in SETTINGS if getattr(config, name) > 0)
         got = f"{features.kind} computed from recordings" if kind == "audio" else "an archive of features"
-        raise InputError(f"{names} above 0 needs log-mel features computed from recordings; got {got}; set it to 0")
+        raise InputError(
+            f"{names}: frames must be log-mel, computed from recordings; got {got}; leave these settings at 0"
+        )
 
 
 @lru_cache(maxsize=2)
@@ -249,7 +251,7 @@ def add_room(powers: Tensor, t60: Tensor, energy: float, fluctuation: Tensor, sh
         # tail[t] is the sum of decay ** n * powers[t - n] over n < step
         tail[step:] += decay**step * tail[:-step].clone()
         step *= 2
-    total = decay / (1 - decay) + 0.5  # sum over all n; half of n = 0 is before the tail
+    total = decay / (1 - decay) + 0.5  # of all weights; n = 0 counts half, as the tail begins within its frame
     return powers + (energy / total) * (tail - 0.5 * powers) * fluctuation
 
 

@@ -5,7 +5,8 @@ a frame is subtracted; it is pre-emphasised (0.97), multiplied by Kaldi's "povey
 two. The filters are triangles on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the sample rate, over the power
 spectrum. Log-mel is the natural logarithm of their energies; MFCC is its orthonormal DCT-II, liftered with 22.
 
-These steps are linear, so one stft computes them for all frames. With e the pre-emphasised signal and w the window,
+The steps before the power spectrum are linear, so one stft computes them for all frames. With e the pre-emphasised
+signal and w the window,
     window(preemphasis(frame - mean)) = w * e - (1 - 0.97) * mean * w
 (the first sample of a frame would differ, but the window is 0 there), so the spectrum of a frame is the stft of e minus
 0.03 * mean * FFT(w).

@@ -14,7 +14,7 @@ from las_fast.data.containers import Source, Stream, foreign_format
 from las_fast.data.decoder import UNKNOWN_COUNT, SoundStream
 
 INSTALL = "pip install av"
-# FFmpeg's demuxers of the formats of magic.FOREIGN. Without a name FFmpeg would try all demuxers, among them those of
+# Names of foreign_format -> FFmpeg's demuxers. Without a name FFmpeg would try all demuxers, among them those of
 # playlists, which open other files.
 DEMUXERS = {
     "MPEG-4 (m4a, mp4, mov)": "mov",
@@ -33,7 +33,7 @@ DEMUXERS = {
     "MPEG video": "mpeg",
     "an MPEG transport stream": "mpegts",
 }
-RAW = frozenset(("aac", "ac3", "amr"))  # demuxers of files without a header; FFmpeg guesses their duration
+RAW = frozenset(("aac", "ac3", "amr"))  # demuxers of files that state no duration; FFmpeg guesses it
 
 
 def has_pyav() -> bool:
@@ -168,19 +168,23 @@ class MediaStream:
             taken = self._pending[: len(out) - filled]
             out[filled : filled + len(taken)] = taken
             filled += len(taken)
+            self._position += len(taken)
             self._pending = self._pending[len(taken) :]
-        self._position += filled
         return out[:filled]
 
     def seek(self, position: int) -> int:
-        """Decode up to a position, because packets do not say at which sample they begin; return the position."""
+        """Decode up to a position, because not every container has exact ones; return the position.
+
+        Damaged packets on the way are left out.
+        """
         if position < self._position:
             self.close()
             self._open()
         while self._position < position:
             count = min(position - self._position, self.samplerate)
-            if not len(self.read(count)):
-                break
+            with contextlib.suppress(RuntimeError):
+                if not len(self.read(count)):
+                    break
         return self._position
 
     def close(self) -> None:

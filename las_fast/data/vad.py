@@ -25,7 +25,8 @@ from las_fast.errors import InputError
 RATE = 16_000  # Hz
 WINDOW, CONTEXT = 512, 64  # samples of a window; samples before it that the network takes too
 STATE = (1, 1, 128)  # shape of the LSTM's hidden and cell states
-SPEECH, STILL_SPEECH = 0.5, 0.35  # probability at which speech begins; at which it goes on, as in silero-vad
+# a run of windows with at least the second probability is speech if one of them has the first; silero-vad's values
+SPEECH, STILL_SPEECH = 0.5, 0.35
 BLOCK = 4.0  # seconds of audio per call of the network
 MODEL = "silero_vad_16k_sequence.onnx"
 
@@ -56,7 +57,7 @@ def make_detector(vad: str, config: FeatureConfig) -> Detector:
 
 
 def check_vad(vad: str) -> None:
-    """Raise InputError if there is no detector of that name, or if the packages that it needs are missing."""
+    """Raise InputError if there is no detector of that name, or if the packages that it needs are missing or old."""
     if vad not in VADS:
         raise InputError(f"vad must be {' or '.join(map(repr, VADS))}; got {vad!r}")
     if vad == "silero":
@@ -171,7 +172,7 @@ def load_network() -> Any:
     package = importlib.util.find_spec("silero_vad")  # importing it would set torch's number of threads to 1
     if package is None or not package.submodule_search_locations or not importlib.util.find_spec("onnxruntime"):
         missing = "onnxruntime" if package else "silero-vad"
-        raise InputError(f"cutting with silero needs the package {missing}; run: pip install silero-vad onnxruntime")
+        raise InputError(f"vad 'silero' needs the package {missing}; run: pip install silero-vad onnxruntime")
     path = Path(package.submodule_search_locations[0], "data", MODEL)
     if not path.is_file():
         raise InputError("this version of silero-vad is too old; run: pip install --upgrade 'silero-vad>=6.2.3'")

@@ -27,7 +27,7 @@ FEATURES = {  # of a word; scores are in nats
     "probability": "exp(mean_score)",
     "end": "probability that the word ends after its last character",
     "complete": "probability * end",
-    "ctc": "mean log-probability of its characters under the CTC head, at their CTC frames",
+    "ctc": "mean log-probability of its characters under the CTC head, in or beside their CTC frames",
     "share": "share of the n-best hypotheses, weighted by probability, that have the word at this place",
     "letters": "log of the number of its characters",
     "hypothesis": "mean score of all tokens of the hypothesis",

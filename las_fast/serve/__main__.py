@@ -51,7 +51,7 @@ def parser() -> Parser:
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help=f"leave out segments with a lower speech score; -inf keeps all (default: {MIN_SPEECH_SCORE})")  # fmt: skip
     add("--vad", choices=VADS, default="energy",
-        help="how speech and pauses are found; silero needs the package silero-vad (default: energy)")  # fmt: skip
+        help="how speech and pauses are found; silero needs silero-vad and onnxruntime (default: energy)")  # fmt: skip
     add("--language", default="english", help="language that verbose_json reports (default: english)")
     add("--device", default="auto", help="cpu, cuda or cuda:1 (default: cuda if available)")
     return parser
@@ -126,7 +126,7 @@ def open_model(options: argparse.Namespace) -> tuple[Recogniser, str]:
 
     device = choose_device(options.device)
     loaded = load_model(options.checkpoint or released_model(), device)
-    path = loaded.path.absolute()  # the name of the current folder is part of the path
+    path = loaded.path.absolute()  # a relative path may lack the folder that names the model
     name = path.parent.name if path.name in (AVERAGED, BEST) else path.stem
     return Recogniser(loaded, device, lm_option="--lm "), name
 

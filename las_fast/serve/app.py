@@ -131,6 +131,8 @@ class Service:
             try:
                 row = await _unless_gone(request, _in_time(asyncio.wrap_future(future), deadline))
                 return JSONResponse({"text": text, **row})
+            except ClientDisconnect:
+                raise
             except Exception as error:
                 raise _reported(error) from None
             finally:

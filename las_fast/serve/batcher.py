@@ -108,8 +108,8 @@ class _Ready:
     def take(self, seconds: float) -> list[Entry] | Task | None:
         """Wait for the first entry, and return what is next.
 
-        That is a task, or None at the end, or the segments before the next of these: one, and then others until they
-        have `seconds` of speech.
+        That is a task, or None at the end, or segments: at least one, then more until they have `seconds` of speech or
+        a task or the end follows.
         """
         with self.changed:
             self.changed.wait_for(lambda: self.entries)

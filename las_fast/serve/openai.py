@@ -126,7 +126,7 @@ def segment_row(number: int, segment: Segment, vocabulary: Vocabulary) -> dict[s
 
 
 def no_speech_probability(segment: Segment) -> float:
-    """Return p(silence) / (p(silence) + p(text)) under the CTC head; 0 without a CTC head.
+    """Return p(silence) / (p(silence) + p(text)) under the CTC head; 0 without a CTC head or text.
 
     The speech score is (log p(text) - log p(silence)) / tokens; see las_fast.search.dataset.speech_scores.
     """

@@ -312,14 +312,16 @@ def test_speed_comes_before_noise_so_that_noise_keeps_its_texture(dataset):
 def test_other_features_are_refused_with_advice(tmp_path, corpus):
     from las_fast import train
 
-    with pytest.raises(InputError, match=r"augment.room and augment.noise above 0 needs log-mel .* got mfcc computed"):
+    with pytest.raises(
+        InputError, match=r"augment.room and augment.noise: frames must be log-mel, .* got mfcc computed"
+    ):
         degrade.check_logmel(AugmentConfig(room=0.1, noise=1.0), FeatureConfig(kind="mfcc", size=13), "audio")
-    with pytest.raises(InputError, match="needs log-mel"):
+    with pytest.raises(InputError, match="frames must be log-mel"):
         Degrade(AugmentConfig(noise=1.0), FeatureConfig(kind="mfcc", size=13), lambda i: None, 0)
     degrade.check_logmel(AugmentConfig(), FeatureConfig(kind="mfcc", size=13), "features")
     archive = make_archive(tmp_path / "archive", "F24")
     arguments = ["--config", "tiny", "--data", str(archive), "--out", str(tmp_path / "run"), "--augment.noise", "0.5"]
-    with pytest.raises(InputError, match="augment.noise above 0 needs .* got an archive of features; set it to 0"):
+    with pytest.raises(InputError, match="augment.noise: frames must .* got an archive of features; leave"):
         train.main(arguments)
     assert not (tmp_path / "run").exists()
 

@@ -167,7 +167,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
     vad.load_network.cache_clear()
-    with pytest.raises(InputError, match=f"^cutting with silero {message}$"):
+    with pytest.raises(InputError, match=f"^vad 'silero' {message}$"):
         make_detector("silero", CONFIG)
 
 

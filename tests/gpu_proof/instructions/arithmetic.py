@@ -170,7 +170,7 @@ def _fma(machine, instruction):
 
 
 def _fma_f32(machine, instruction):
-    """fma.rn.f32, the most frequent kind, without conversions."""
+    """fma.rn.f32, the most frequent kind: float_step without its readers and writers; the sum is formed in float64."""
     first, second, added = (machine.source(operand, "f32") for operand in instruction.operands[1:])
     into, wide = machine.target(instruction.operands[0], "f32"), machine.scratch
 
