@@ -96,8 +96,9 @@ def test_every_condition_is_scored_on_every_utterance(tmp_path, monkeypatch, cap
 def test_what_cannot_be_measured_is_refused(tmp_path):
     model, manifest = make_checkpoint(tmp_path, 20, mel_bins=23), make_manifest(tmp_path / "data")
     argv = ["--checkpoint", str(model), "--data", str(manifest), "--split", "dev"]
-    with pytest.raises(InputError, match="--limit must be 2 to 4, the size of dev; got 5"):
-        robustness.main([*argv, "--limit", "5"])
+    for limit in ("5", "0"):
+        with pytest.raises(InputError, match=f"--limit must be 2 to 4, the size of dev; got {limit}"):
+            robustness.main([*argv, "--limit", limit])
     with pytest.raises(InputError, match="is not a manifest with the column 'colour'"):
         robustness.main([*argv, "--by", "colour"])
     archive = make_archive(tmp_path / "archive", "F24")

@@ -146,6 +146,15 @@ def test_a_track_that_begins_later_loses_nothing(tmp_path):
         assert sound._container.calls == 2
 
 
+def test_a_damaged_packet_before_a_part_does_not_move_the_part(tmp_path):
+    path = encode(tmp_path / "a.mkv", tone(), "pcm_s16le")
+    with path.open("rb") as file, media.MediaStream(Source(file.fileno()), "matroska") as sound:
+        samples = np.arange(300, dtype=np.float32)[:, None].repeat(sound.channels, 1)
+        sound._blocks = iter([samples[:100], RuntimeError("damaged"), samples[100:200], samples[200:]])
+        assert sound.seek(150) == 150
+        np.testing.assert_array_equal(sound.read(50), samples[150:200])
+
+
 def test_without_pyav_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.m4a", tone(), "aac")
     monkeypatch.setitem(sys.modules, "av", None)

@@ -260,11 +260,9 @@ def test_a_request_that_the_model_cannot_do_in_time_gets_504(small, wav):
     assert small.post(file=wav()).status_code == 200
 
 
-def count_disconnected(service):
+def count_disconnected(service, path="/v1/audio/transcriptions"):
     """Return how many requests /metrics counts as disconnected."""
-    count = re.search(
-        r'requests_total{path="/v1/audio/transcriptions",status="499"} (.*)', service.client.get("/metrics").text
-    )
+    count = re.search(rf'requests_total{{path="{path}",status="499"}} (.*)', service.client.get("/metrics").text)
     return float(count[1]) if count else 0.0
 
 
@@ -277,6 +275,14 @@ def test_a_client_that_disconnects_frees_its_place_and_the_model(small, wav):
     assert small.post(file=wav()).status_code == 200
     assert small.batcher.statistics.segments == before + 1  # that of the second request
     assert count_disconnected(small) == disconnected_before + 1
+
+
+def test_a_client_that_leaves_an_attention_request_counts_as_disconnected(small, wav, caplog):
+    before = count_disconnected(small, "/attention")
+    with small.blocked(), pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{small.url}/attention", files={"file": wav()}, data={"text": "A"}, timeout=0.2)
+    wait_until(lambda: count_disconnected(small, "/attention") == before + 1)
+    assert "a request failed" not in caplog.text
 
 
 def test_uploads_leave_no_file_behind(small, model, wav, tmp_path, monkeypatch):
