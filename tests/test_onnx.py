@@ -235,6 +235,51 @@ def test_a_file_that_is_not_wav_is_one_sentence(tmp_path):
             onnx_greedy.read_wav(str(tmp_path / name), 16000)
 
 
+def test_only_wav_and_npy_are_read_and_other_files_are_one_sentence(tmp_path):
+    settings = export_features(FeatureConfig(kind="mfcc", size=7))
+    (tmp_path / "text.npy").write_text("HELLO")
+    (tmp_path / "empty.npy").touch()
+    np.save(tmp_path / "flat.npy", np.zeros(7, np.float32))
+    np.save(tmp_path / "none.npy", np.zeros((0, 7), np.float32))
+    np.save(tmp_path / "wide.npy", np.zeros((3, 8), np.float32))
+    np.save(tmp_path / "good.npy", np.ones((3, 7), np.float32))
+    for name, message in {
+        "talk.ogg": "talk.ogg: give a wav file or .npy features$",
+        "text.npy": r"text.npy cannot be read as .npy \(.*\); give a wav file or .npy features$",
+        "empty.npy": "empty.npy cannot be read as .npy",
+        "missing.npy": "missing.npy cannot be read as .npy",
+        "flat.npy": r"has shape \(7,\) and type float32; the model needs \(T, 7\)",
+        "none.npy": r"has shape \(0, 7\)",
+        "wide.npy": r"has shape \(3, 8\)",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            onnx_greedy.read_frames(str(tmp_path / name), settings)
+    assert onnx_greedy.read_frames(str(tmp_path / "good.npy"), settings).shape == (3, 7)
+
+
+def test_a_wrong_model_of_the_example_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path, make_model(tmp_path, MODELS["one cell"]))
+    assert onnx_greedy.open_model("mine.onnx").settings["features"]["size"] == 7
+    for name, message in (
+        ("nosuch.onnx", "nosuch.listener.onnx does not exist; write it by las_fast.export --format onnx --out"),
+        ("mine.listener.onnx", "mine.listener.onnx is one of the two files of a model; give mine.onnx, which"),
+        ("mine.speller.onnx", "mine.speller.onnx is one of the two files of a model; give mine.onnx, which"),
+    ):
+        with pytest.raises(SystemExit, match=f"^{message}"):
+            onnx_greedy.open_model(name)
+    (tmp_path / "mine.speller.onnx").write_bytes(b"not a model")
+    with pytest.raises(SystemExit, match=r"mine.onnx is not a model that las_fast.export wrote \(.*\); export it"):
+        onnx_greedy.open_model("mine.onnx")
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["mine.onnx", "-h"], 0), ([], 1)])
+def test_the_example_prints_its_usage(words, status):
+    done = subprocess.run([sys.executable, EXAMPLE, *words], capture_output=True, text=True)
+    printed = done.stderr if status else done.stdout
+    assert done.returncode == status and "python onnx_greedy.py mine.onnx talk.wav" in printed
+
+
 def test_the_greedy_search_of_the_example_has_at_most_40_lines():
     assert len(inspect.getsource(onnx_greedy.Recogniser).splitlines()) <= 40
 

@@ -7,6 +7,7 @@ mine.onnx is the --out of las_fast.export. This file imports nothing of las_fast
 """
 
 import json
+import os
 import sys
 import wave
 
@@ -99,12 +100,44 @@ def read_wav(path, rate):
     sys.exit(f"{path} has (Hz, channels, bits) {actual}; the model needs {(rate, 1, 16)}; convert it")
 
 
+def open_model(path):
+    """Return the Recogniser of a model; exit with an error if its files are missing or are not such a model."""
+    stem = path.removesuffix(".onnx")
+    whole = stem.removesuffix(".listener").removesuffix(".speller")
+    for part in (f"{stem}.listener.onnx", f"{stem}.speller.onnx"):
+        if not os.path.isfile(part):
+            sys.exit(
+                f"{part} does not exist; write it by las_fast.export --format onnx --out {stem}.onnx"
+                if stem == whole
+                else f"{path} is one of the two files of a model; give {whole}.onnx, which stands for both"
+            )
+    try:
+        return Recogniser(path)
+    except Exception as error:  # those of onnxruntime have no common base class
+        sys.exit(f"{path} is not a model that las_fast.export wrote ({type(error).__name__}: {error}); export it again")
+
+
+def read_frames(path, settings):
+    """Return the frames (T, F) of a wav file or of .npy features; exit with an error if the model cannot use it."""
+    if path.lower().endswith(".wav"):
+        return features(read_wav(path, settings["sample_rate"]), settings)
+    if not path.lower().endswith(".npy"):
+        sys.exit(f"{path}: give a wav file or .npy features")
+    try:
+        frames = np.load(path)
+    except (OSError, EOFError, ValueError) as error:
+        sys.exit(f"{path} cannot be read as .npy ({error}); give a wav file or .npy features")
+    if frames.ndim != 2 or not len(frames) or frames.shape[1] != settings["size"] or frames.dtype.kind not in "fiu":
+        sys.exit(f"{path} has shape {frames.shape} and type {frames.dtype}; the model needs (T, {settings['size']})")
+    return frames
+
+
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
+        sys.exit()
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    model = Recogniser(sys.argv[1])
-    config = model.settings["features"]
+    model = open_model(sys.argv[1])
     for name in sys.argv[2:]:
-        is_wav = name.lower().endswith(".wav")
-        frames = features(read_wav(name, config["sample_rate"]), config) if is_wav else np.load(name)
-        print(f"{name}: {model.greedy([frames])[0]}")
+        print(f"{name}: {model.greedy([read_frames(name, model.settings['features'])])[0]}")
