@@ -97,25 +97,44 @@ def _read_corpus(root: Path, split: str) -> Iterator[str]:
 
 
 class Sentences:
-    """The sentences of several sources, mapped onto the characters; counts those kept and those left out for digits."""
+    """The sentences of several sources, mapped onto the characters; counts those kept and those left out, and why."""
 
     def __init__(self, sources: list[Path], characters: str, split: str):
         self.sources, self.characters, self.split = sources, characters, split
-        self.kept = self.letters = self.with_digits = 0
+        self.kept = self.letters = self.with_digits = self.unmapped = 0
 
     def __iter__(self) -> Iterator[str]:
         allowed = set(self.characters)
         texts = itertools.chain.from_iterable(read_texts(source, self.split) for source in self.sources)
         for text in track(texts, "counting", "sentences"):
             text = text.strip()
+            if not text:
+                continue
             if has_lost_digits(text, self.characters):  # their spoken form is unknown
                 self.with_digits += 1
                 continue
             if not allowed.issuperset(text):
                 text = normalise_text(text, self.characters)
-            if text:
-                self.kept, self.letters = self.kept + 1, self.letters + len(text)
-                yield text
+            if not text:
+                self.unmapped += 1
+                continue
+            self.kept, self.letters = self.kept + 1, self.letters + len(text)
+            yield text
+
+    def check_kept(self) -> None:
+        """Raise InputError if no sentence was kept."""
+        if self.kept:
+            return
+        sources, digits, unmapped = ", ".join(map(str, self.sources)), self.with_digits, self.unmapped
+        if not digits + unmapped:
+            raise InputError(f"there is no sentence in {sources}; give text with one sentence per line")
+        if not unmapped:
+            raise InputError(f"all {digits} sentences of {sources} contain digits; write them as words")
+        also = f"{digits} contain digits, which must be written as words, and " if digits else ""
+        raise InputError(
+            f"no sentence of {sources} can be used: {also}{unmapped} have none of the characters {self.characters!r}; "
+            "give other text, or --characters"
+        )
 
 
 def count_held_out(sentences: Iterable[str], characters: str, order: int) -> tuple[Counts, Counts]:
@@ -160,9 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_output_file(options.out, "--out", inputs=options.texts, **kind)
     sentences = Sentences(options.texts, options.characters, options.split)
     kept, held_out = count_held_out(sentences, options.characters, options.order)
-    if not sentences.kept:
-        sources = ", ".join(map(str, options.texts))
-        raise InputError(f"there is no sentence in {sources}; give text with one sentence per line")
+    sentences.check_kept()
     lines = [("text", f"{sentences.kept} sentences, {sentences.letters} characters")]
     if sentences.with_digits:
         lines.append(("left out", f"{sentences.with_digits} sentences with digits; write them as words"))

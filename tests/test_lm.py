@@ -416,7 +416,10 @@ def test_the_command_prints_perplexity_order_and_size(tmp_path, capsys):
     ("argv", "text", "message"),
     [
         ([], "", "there is no sentence in"),
-        ([], "123\n", "there is no sentence in"),
+        ([], " \n\n", "there is no sentence in"),
+        ([], "123\n\nAT 7\n", "text.txt contain digits; write them as words\n"),
+        ([], "?\nAT 7\n!\n", "used: 1 contain digits, which must be written as words, and 2 have none of the ch"),
+        (["--characters", "ab"], "XYZ\n", "text.txt can be used: 1 have none of the characters 'ab'; give other"),
         (["--order", "0"], "A", "--order must be from 1 to 12"),
         (["--order", "11"], "A", "order 11 over 31 tokens needs a table of"),
         (["--characters", "AA"], "A", "distinct characters"),
@@ -427,6 +430,11 @@ def test_bad_input_is_a_one_sentence_error(tmp_path, capsys, argv, text, message
     with pytest.raises(SystemExit) as end:
         run(lambda _: make(tmp_path, *argv, text=text))
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_text_whose_every_sentence_has_digits_is_not_called_empty(tmp_path):
+    with pytest.raises(InputError, match="^all 2 sentences of .*text.txt contain digits; write them as words$"):
+        make(tmp_path, text="123\n\nAT 7\n")
     assert not (tmp_path / "lm.safetensors").exists()
 
 
