@@ -19,6 +19,7 @@ from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, as_file, as_path, parse_settings
 from las_fast.search.ngram import with_default_weight
 from las_fast.system import choose_device, return_freed_memory
+from las_fast.text import remedy
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.checkpoint import Loaded
@@ -229,7 +230,7 @@ def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool
     raise InputError(
         f"{len(affected)} of {len(dataset)} transcripts, first {dataset.ids[affected[0]]}, have characters outside the "
         f"checkpoint's vocabulary: {' '.join(map(repr, characters[:MAX_LISTED]))}{more}; "
-        + ("write digits as words in the transcripts" if normalised else "add --normalise-text to map them")
+        + ("write digits as words in the transcripts" if normalised else remedy(characters, "--normalise-text"))
     )
 
 

@@ -53,7 +53,7 @@ class Vocabulary:
         if unknown := self.unknown(text):
             raise InputError(
                 f"transcript {text[:40]!r} has characters outside the vocabulary: {' '.join(map(repr, unknown))}; "
-                "use --data.normalise-text True to map them, or give --data.characters"
+                f"{remedy(unknown, '--data.normalise-text True')}, or give --data.characters"
             )
         return [self._ids[character] for character in text]
 
@@ -81,6 +81,14 @@ def normalise_text(text: str, characters: str = CHARACTERS) -> str:
 def has_lost_digits(text: str, characters: str = CHARACTERS) -> bool:
     """Return whether text has digits, or characters made of digits such as ½, that `characters` lacks."""
     return any(c.isdecimal() and c not in characters for c in unicodedata.normalize("NFKD", text))
+
+
+def remedy(unknown: list[str], option: str) -> str:
+    """Return what to do about characters outside a vocabulary: `option` maps all of them except digits."""
+    digits = [c for c in unknown if has_lost_digits(c, "")]
+    if not digits:
+        return f"map them with {option}"
+    return "write digits as words" + (f" and map the others with {option}" if len(digits) < len(unknown) else "")
 
 
 def _to_case(text: str, characters: str) -> str:

@@ -230,7 +230,7 @@ def test_transcripts_outside_the_vocabulary_are_refused_or_mapped(tmp_path, caps
     options = write_manifest(tmp_path, "HELLO", "well, yes", "A-B")
     message = fails(tmp_path, capsys, **options)
     assert "2 of 3 transcripts, first u1, have characters outside" in message
-    assert "'s' 'w' 'y'; add --normalise-text" in message and "',' '-' 'e'" in message
+    assert "'s' 'w' 'y'; map them with --normalise-text" in message and "',' '-' 'e'" in message
     decode(tmp_path, "--normalise-text", "--jsonl", str(tmp_path / "rows.jsonl"), **options)
     assert references(tmp_path / "rows.jsonl") == ["HELLO", "WELL YES", "A B"]
 
@@ -245,8 +245,9 @@ def test_transcripts_are_mapped_for_a_checkpoint_that_was_trained_so(tmp_path, c
 
 def test_digits_cannot_be_mapped_and_the_error_says_to_write_words(tmp_path, capsys):
     options = write_manifest(tmp_path, "HELLO", "AT 42")
+    assert fails(tmp_path, capsys, **options).endswith("vocabulary: '2' '4'; write digits as words\n")
     message = fails(tmp_path, capsys, "--normalise-text", **options)
-    assert "'2' '4'; write digits as words in the transcripts" in message and "add --normalise-text" not in message
+    assert "'2' '4'; write digits as words in the transcripts" in message and "--normalise-text" not in message
 
 
 def test_scores_say_how_many_utterances_have_transcripts(tmp_path, capsys):
@@ -445,7 +446,7 @@ def test_no_more_than_twenty_unknown_characters_are_listed(count):
         command.check_references(fake_dataset([text]), SimpleNamespace(vocabulary=Vocabulary()), normalised=False)
     listed = " ".join(map(repr, text[:20]))
     more = {20: "", 21: " and 1 more", 23: " and 3 more"}[count]
-    assert f"vocabulary: {listed}{more}; add --normalise-text" in str(caught.value)
+    assert f"vocabulary: {listed}{more}; map them with --normalise-text" in str(caught.value)
 
 
 def test_a_row_has_scores_of_four_digits_and_frames_of_the_recording():

@@ -529,7 +529,7 @@ def test_decoding_uses_the_checkpoints_normalise_text(tmp_path):
         rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
         assert all(row["reference"].startswith("A A ") for row in rows)
     path = make_checkpoint(tmp_path, 20, mel_bins=23)
-    with pytest.raises(InputError, match="add --normalise-text to map them"):
+    with pytest.raises(InputError, match="map them with --normalise-text"):
         decoded(path, tmp_path / "data", tmp_path / "out.csv")
 
 

@@ -19,15 +19,21 @@ def test_decoding_undoes_encoding_and_stops_at_eos():
 
 
 def test_unknown_characters_are_listed_with_the_remedy():
-    with pytest.raises(InputError, match=r"'1' 'é'; use --data.normalise-text"):
-        Vocabulary().encode("CAFé 1")
+    option = "--data.normalise-text True"
+    for text, advice in {
+        "CAFé": f"'é'; map them with {option}, or give --data.characters",
+        "CAFé 1": f"'1' 'é'; write digits as words and map the others with {option}, or give --data.characters",
+        "HELLO 5 ½": "'5' '½'; write digits as words, or give --data.characters",
+    }.items():
+        with pytest.raises(InputError, match=f"vocabulary: {advice}$"):
+            Vocabulary().encode(text)
 
 
 def test_a_long_transcript_is_quoted_by_its_first_40_characters():
     text = "".join(chr(ord("A") + i % 26) for i in range(60)) + "?"
     with pytest.raises(InputError) as caught:
         Vocabulary().encode(text)
-    assert str(caught.value).startswith(f"transcript {text[:40]!r} has characters outside the vocabulary: '?'; use")
+    assert str(caught.value).startswith(f"transcript {text[:40]!r} has characters outside the vocabulary: '?'; map")
 
 
 def test_unknown_characters_are_each_named_once_in_order():

@@ -21,7 +21,7 @@ from las_fast.data.readers import SKIP_HINT
 from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError, show
 from las_fast.progress import track
-from las_fast.text import DIGITS, Vocabulary, has_lost_digits, normalise_text
+from las_fast.text import DIGITS, Vocabulary, has_lost_digits, normalise_text, remedy
 
 MAX_SHOWN = 10  # skipped utterances that are listed; the rest are counted
 
@@ -197,7 +197,8 @@ class _TextCheck:
         if unknown := self.vocabulary.unknown(text):
             return (
                 f"{source}: transcript {text[:40]!r} has characters outside the vocabulary: "
-                f"{' '.join(map(repr, unknown))}; map them with --data.normalise-text True, or give --data.characters"
+                f"{' '.join(map(repr, unknown))}; {remedy(unknown, '--data.normalise-text True')}, "
+                "or give --data.characters"
             )
         return ""
 

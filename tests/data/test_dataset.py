@@ -88,7 +88,7 @@ def checked(text, *, normalise=False, needed=True, transcript=None):
         ("GOOD DAY", {"normalise": True}, "", "GOOD DAY"),
         ("Good, day!", {"normalise": True}, "", "GOOD DAY"),
         ("Good, A!", {}, "x.wav: transcript 'Good, A!' has characters outside the vocabulary: '!' ','", "Good, A!"),
-        ("DAY 4", {}, "x.wav: transcript 'DAY 4' has characters outside the vocabulary: '4'; map them", "DAY 4"),
+        ("DAY 4", {}, "x.wav: transcript 'DAY 4' has characters outside the vocabulary: '4'; write d", "DAY 4"),
         ("Day 4", {"normalise": True}, "x.wav: transcript 'Day 4' contains digits", "DAY"),
         ("Day 4", {"normalise": True, "needed": False}, "", "DAY 4"),
         ("Day 4", {"needed": False}, "", "Day 4"),
@@ -149,7 +149,9 @@ def test_several_splits_are_concatenated_in_order(archive):
 def test_unknown_characters_are_listed_mapped_or_skipped(archive):
     path = open_corpus(archive).utterances("dev-clean")[0].transcript
     save(path, text_array("Café, 1", True))
-    with pytest.raises(InputError, match="',' '1' 'a' 'f' 'é'; map them with --data.normalise-text True, or give"):
+    with pytest.raises(
+        InputError, match="',' '1' 'a' 'f' 'é'; write digits .* others with --data.normalise-text True, or give"
+    ):
         load(archive, "dev")
     assert len(load(archive, "dev", on_bad="skip")) == 5
     assert load(archive, "dev", need_text=False).texts[0] == "Café, 1"
