@@ -92,8 +92,15 @@ def find_checkpoint(name: str | Path) -> Path:
         return RELEASED / f"{name}.safetensors"
     known = f"; released models: {', '.join(released)}" if released else ""
     near = difflib.get_close_matches(str(name), released, 1)
-    advice = f"; the nearest is {near[0]}" if near else nearest_path_hint(path)
+    advice = f"; the nearest is {near[0]}" if near else nearest_path_hint(path, fits=may_hold_checkpoint)
     raise InputError(f"checkpoint {name} is neither a run folder nor a file{known}{advice}")
+
+
+def may_hold_checkpoint(path: Path) -> bool:
+    """Return whether a path is a safetensors file, a run folder, or a folder of run folders."""
+    if not path.is_dir():
+        return path.suffix == ".safetensors"
+    return any((run / best).is_file() for run in (path, *path.glob("*/")) for best in (BEST, AVERAGED))
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:

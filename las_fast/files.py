@@ -41,16 +41,20 @@ def expand(path: str | Path) -> Path:
         raise InputError(f"{path}: the home folder of {user} is not known; write the path without ~") from None
 
 
-def nearest_path_hint(path: Path) -> str:
-    """Return a hint for an error about a missing path, such as "; the nearest is DIR/NAME", or ""."""
+def nearest_path_hint(path: Path, *, fits: Callable[[Path], bool] = os.path.exists) -> str:
+    """Return a hint for an error about a missing path, such as "; the nearest is DIR/NAME", or "".
+
+    fits: whether a path with a similar name could be meant.
+    """
     path = Path(os.path.abspath(path))
     existing = next((p for p in path.parents if os.path.isdir(p)), None)
     if existing is None or existing == Path(existing.anchor):
         return ""
     missing = path.relative_to(existing).parts[0]
+    suits = fits if existing == path.parent else os.path.isdir
     with contextlib.suppress(OSError):
-        names = [name for name in os.listdir(existing) if not name.startswith(".")]
-        if similar := difflib.get_close_matches(missing, names, 1):
+        names = [name for name in os.listdir(existing) if not name.startswith(".") and suits(existing / name)]
+        if similar := difflib.get_close_matches(missing, names, 1, cutoff=0.7):
             return f"; the nearest is {existing / similar[0]}"
     return f"; {existing} exists, but has no {missing}" if existing != path.parent else ""
 

@@ -1,7 +1,7 @@
 """The command line: options of a command, and any field of the settings, such as --training.epochs 3.
 
 Names of settings may be written with dashes or underscores. On a wrong argument, the command exits with status 2 and
-prints one sentence after "error: " that names the nearest valid argument.
+prints one sentence after "error: " that names the nearest valid argument, if one is near.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SYNONYMS = {
     "model": "--checkpoint", "pretrained": "--init", "language-model": "--lm", "output": "--out", "output-dir": "--out",
     "save-dir": "--out", "gpu": "--device",
 }  # fmt: skip
+NEAR = 0.65  # difflib ratio from which a name is suggested for an unknown one
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "True or False"}
 
 
@@ -81,11 +82,12 @@ class Parser(argparse.ArgumentParser):
         if not word.startswith("-"):
             return f"{word!r} is not an option or the value of one; see --help"
         name = word.partition("=")[0]
-        return f"there is no option {name}; the nearest is {nearest_option(name, self.option_names())}"
+        near = nearest_option(name, self.option_names())
+        return f"there is no option {name}; " + (f"the nearest is {near}" if near else "see --help")
 
     def option_names(self) -> list[str]:
         """Return the names of all options of the command, then those of the settings."""
-        return [*self._option_string_actions, *(f"--{field}" for field in self.fields)]
+        return [*self._option_string_actions, "--help", *(f"--{field}" for field in self.fields)]
 
     def _sentence(self, message: str) -> str:
         if match := re.match(r"the following arguments are required: (.*)", message):
@@ -125,13 +127,16 @@ def wrong_choice(option: str, value: str, choices: Iterable[str]) -> str:
 
 
 def nearest_option(name: str, names: Iterable[str]) -> str:
-    """Return the name of an option for an unknown one: a field with the same last part, a synonym, or the nearest."""
+    """Return the option meant by an unknown one: a field with the same last part, a synonym, the nearest, or ""."""
     names, dashed = [*names], name.replace("_", "-")
     synonym = SYNONYMS.get(dashed.lstrip("-").rpartition(".")[2])
     fields = [known for known in names if known.rpartition(".")[2] == dashed.lstrip("-").rpartition(".")[2]]
     if not fields and synonym in names:
         return synonym
-    return fields[0] if fields else difflib.get_close_matches(dashed, names, 1, cutoff=0.0)[0]
+    if fields:
+        return fields[0]
+    near = difflib.get_close_matches(dashed.lstrip("-"), [known.lstrip("-") for known in names], 1, cutoff=NEAR)
+    return next((known for known in names if near and known.lstrip("-") == near[0]), "")
 
 
 def parse_settings(

@@ -87,8 +87,9 @@ def _dataclass_from_tree(kind: Any, tree: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in tree:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1, cutoff=0.0)[0]
-            raise InputError(f"{where} has no setting {got(str(key))}; the nearest is {near!r}")
+            near = difflib.get_close_matches(str(key), hints, 1, cutoff=0.7)
+            advice = f"the nearest is {near[0]!r}" if near else f"it has {', '.join(hints)}"
+            raise InputError(f"{where} has no setting {got(str(key))}; {advice}")
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in tree and _required(f)]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}")

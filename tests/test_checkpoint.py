@@ -72,12 +72,18 @@ def test_weights_have_the_default_file_permissions(saved):
         ("runs/beste.safetensors", "; the nearest is {}/runs/best.safetensors"),
         ("runs/x/y", "; {}/runs exists, but has no x"),
         ("runz", "; the nearest is {}/runs"),
+        ("english", "; released models: an4, speech13h"),
+        ("nosuch", "; released models: an4, speech13h"),
+        ("nosuch.safetensors", "; released models: an4, speech13h"),
     ],
 )
 def test_a_missing_checkpoint_has_a_hint_to_the_nearest(tmp_path, monkeypatch, name, advice):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "best.safetensors").touch()
+    (tmp_path / "nosuchdir").mkdir()
+    for other in ("env.sh", "nosuch.safetensors.txt"):
+        (tmp_path / other).touch()
     with pytest.raises(InputError, match=re.escape(advice.format(tmp_path)) + "$"):
         find_checkpoint(name)
 

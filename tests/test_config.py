@@ -48,6 +48,7 @@ def test_f23_preset_takes_28_coefficients():
     [
         ("training: {epohcs: 3}", r"has no setting 'epohcs'; the nearest is 'epochs'"),
         ("trainign: {epochs: 3}", r"the nearest is 'training'"),
+        ("optimiser: {}", r"has no setting 'optimiser'; it has features, .*training"),
         ("training: {epochs: three}", r"training: epochs must be int; got 'three'"),
         ("training: {epochs: 3.5}", r"must be int; got 3.5"),
         ("training: {epochs: true}", r"must be int; got true"),

@@ -251,8 +251,11 @@ def test_only_known_suffixes_are_refused(tmp_path, name, refused):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("there/x", "; the nearest is {}/there/x1"),
-        ("there/x1/y/z", ""),
+        ("there/dat", "; the nearest is {}/there/data"),
+        ("there/nat", ""),
+        ("there/fil", "; the nearest is {}/there/file"),
+        ("there/fil/y", "; {}/there exists, but has no fil"),
+        ("there/data/y/z", ""),
         ("thre/x/y", "; the nearest is {}/there"),
         ("there/q/y", "; {}/there exists, but has no q"),
         ("there/q", ""),
@@ -260,7 +263,8 @@ def test_only_known_suffixes_are_refused(tmp_path, name, refused):
     ],
 )
 def test_a_missing_path_has_a_hint_to_the_nearest_one(tmp_path, monkeypatch, path, message):
-    (tmp_path / "there" / "x1" / "y").mkdir(parents=True)
+    (tmp_path / "there" / "data" / "y").mkdir(parents=True)
+    (tmp_path / "there" / "file").touch()
     (tmp_path / ".hid").mkdir()
     assert nearest_path_hint(tmp_path / path) == message.format(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -37,7 +37,7 @@ def settings_of(*argv) -> Config:
 @pytest.mark.parametrize("argv", [["--hlep"], ["--hlep=3"], ["--hlep", "3"]])
 def test_every_command_names_the_nearest_option(capsys, name, argv):
     main = importlib.import_module(f"las_fast.{name}").main
-    assert error_of(capsys, main, argv).startswith("there is no option --hlep; the nearest is --")
+    assert error_of(capsys, main, argv) == "there is no option --hlep; the nearest is --help"
 
 
 @pytest.mark.parametrize("name", ["train", "decode", "lm", "tune", "export", "data.spoken"])
@@ -70,7 +70,10 @@ def test_every_command_names_missing_options(capsys, name):
         ("decode", ["--beam", "3"], "--checkpoint, --data, --split, --out must be given; see --help"),
         ("train", ["--dropout", "3"], "there is no option --dropout; the nearest is --model.listener.dropout"),
         ("train", ["--model.dropout=3"], "there is no option --model.dropout; the nearest is --model.listener.dropout"),
-        ("train", ["x", "--lern\x1b=3"], r"there is no option --lern\x1b; the nearest is --init"),
+        ("train", ["x", "--lern\x1b=3"], r"there is no option --lern\x1b; see --help"),
+        ("transcribe", ["a.wav", "--zzz"], "there is no option --zzz; see --help"),
+        ("ops.__main__", ["--foo"], "there is no option --foo; see --help"),
+        ("transcribe", ["a.wav", "--vda", "x"], "there is no option --vda; the nearest is --vad"),
         ("transcribe", ["--bem"], "there is no option --bem; the nearest is --beam"),
         ("train", ["--epochs", "3"], "there is no option --epochs; the nearest is --training.epochs"),
         ("train", ["--train.epochs", "3"], "there is no option --train.epochs; the nearest is --training.epochs"),
@@ -112,16 +115,12 @@ def test_the_demo_refuses_wrong_settings_before_it_starts(tmp_path):
          "nearest is --training.teacher-forcing.0.end"),
         (["--training", "3"], "there is no option --training; the nearest is --training.seed"),
         (["stray", "--training.epochs", "3"], "'stray' is not an option or the value of one; see --help"),
-        (["--", "--training.epochs", "3"], "there is no option --; the nearest is --data"),
-        (["-x"], "there is no option -x; the nearest is --data"),
+        (["--", "--training.epochs", "3"], "there is no option --; see --help"),
+        (["-x"], "there is no option -x; see --help"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_a_one_sentence_error(capsys, argv, sentence):
-    message = error_of(capsys, settings_of, *argv)
-    if "nearest is" in sentence and ("--training;" in sentence or "-x;" in sentence):
-        assert message.startswith(sentence.partition("the nearest")[0])
-    else:
-        assert message == sentence
+    assert error_of(capsys, settings_of, *argv) == sentence
 
 
 def test_settings_are_read_in_every_form():
