@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -90,6 +91,8 @@ class Parser(argparse.ArgumentParser):
         return [*self._option_string_actions, "--help", *(f"--{field}" for field in self.fields)]
 
     def _sentence(self, message: str) -> str:
+        if file := next(filter(_is_dashed_file, itertools.takewhile(lambda word: word != "--", self._words)), ""):
+            return f"{file} is taken for an option because it begins with -; write ./{file}"
         if match := re.match(r"the following arguments are required: (.*)", message):
             if wrong := self._misspelt():
                 return self.unknown_option(wrong)
@@ -233,6 +236,15 @@ def override(parser: Parser, start: Settings, words: list[str]) -> Settings:
 
 def _is_name(word: str) -> bool:
     return word.startswith("--") and word != "--"
+
+
+def _is_dashed_file(word: str) -> bool:
+    """Return whether an argument that begins with a dash is the name of a file."""
+    from las_fast.files import KNOWN_SUFFIXES
+
+    if not word.startswith("-") or word == "-":
+        return False
+    return os.path.isfile(word) or (word[1] != "-" and Path(word).suffix.lower() in KNOWN_SUFFIXES)
 
 
 def _missing_item(field: str, tree: Any) -> str:

@@ -85,6 +85,35 @@ def test_a_wrong_argument_is_a_one_sentence_error(capsys, name, argv, sentence):
     assert error_of(capsys, importlib.import_module(f"las_fast.{name}").main, argv) == sentence
 
 
+@pytest.mark.parametrize(
+    ("name", "argv", "file"),
+    [
+        ("transcribe", ["-dash.wav"], "-dash.wav"),
+        ("transcribe", ["a.wav", "-dash.WAV"], "-dash.WAV"),
+        ("transcribe", ["-here"], "-here"),
+        ("transcribe", ["--here"], "--here"),
+        ("transcribe", ["a.wav", "--out", "-dash.srt"], "-dash.srt"),
+        ("attention", ["-hello.wav"], "-hello.wav"),
+        ("train", ["--data", "-dash.csv"], "-dash.csv"),
+    ],
+)
+def test_a_file_whose_name_begins_with_a_dash_needs_a_folder_before_it(tmp_path, monkeypatch, capsys, name, argv, file):
+    monkeypatch.chdir(tmp_path)
+    for here in ("-here", "--here"):
+        (tmp_path / here).touch()
+    message = error_of(capsys, importlib.import_module(f"las_fast.{name}").main, argv)
+    assert message == f"{file} is taken for an option because it begins with -; write ./{file}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [(["-absent"], "FILE must be given; see --help"), (["--beam", "x", "--", "-a.wav"], "--beam must be a whole numb")],
+)
+def test_other_words_with_a_dash_are_not_taken_for_files(tmp_path, monkeypatch, capsys, argv, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert error_of(capsys, importlib.import_module("las_fast.transcribe").main, argv).startswith(sentence)
+
+
 def test_the_demo_refuses_wrong_settings_before_it_starts(tmp_path):
     from las_fast import demo
 
