@@ -59,6 +59,7 @@ class Trainer(Learner):
         self.batch_size = (0, 0)  # utterances and padded feature frames of the latest batch; 0 before the first
         self.pace = Pace()
         self.announced = False  # whether the expected duration was printed
+        self.logged = ""  # loss and speed at the latest logged step, for the progress bar
 
     # The loop
 
@@ -246,15 +247,16 @@ class Trainer(Learner):
         return ProgressBar(self.steps, "training", "steps", done=self.progress.step)
 
     def _log_step(self, bar: ProgressBar, parts: dict[str, Tensor]) -> None:
-        """Advance the bar; log the losses of every tenth step and of the last one."""
+        """Advance the bar, which shows the epoch of this step; log the losses of every tenth step and of the last."""
         step = self.progress.step
-        bar.update()
         if step % 10 == 0 or step == self.steps:
             values = dict(zip(parts, torch.stack(tuple(parts.values())).tolist(), strict=True))  # waits once
             values |= {"speed": self.pace.speed(), "waiting": self.pace.waiting()}
             self.pace.losses.append(values["loss"])
             self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"])
-            bar.note(f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {values['speed']:.0f} x real time")
+            self.logged = f", loss {values['loss']:.3f}, {values['speed']:.0f} x real time"
+        bar.note(f"epoch {self.epoch:.1f}{self.logged}")
+        bar.update()
 
     def _announce_duration(self, bar: ProgressBar) -> None:
         """Print once how long the rest will take, if that is long, as soon as the pace is known."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from fakes import Curriculum, raising
 from tiny_checkpoints import bare_trainer, make_trainer, small
 
+from las_fast import progress
 from las_fast.errors import InputError, Stopped
 from las_fast.output.metrics import Scores
 from las_fast.training import monitor
@@ -32,7 +34,7 @@ def test_a_new_trainer_starts_at_step_0(trainer, archive, tmp_path, monkeypatch)
     )
     monkeypatch.setattr(trainer_module.time, "process_time", lambda: 0.0)
     assert trainer.core_hours() == 0.0 and trainer.saved_step is None and trainer.batch_size == (0, 0)
-    assert trainer.consistent and not trainer.stop.deferred and not trainer.scaler.is_enabled()
+    assert trainer.logged == "" and trainer.consistent and not trainer.stop.deferred and not trainer.scaler.is_enabled()
     assert trainer.precision == torch.float32
     trainer.stop.check()
     weights = dict(trainer.model.named_parameters())
@@ -91,14 +93,28 @@ def test_each_tenth_step_and_the_last_is_logged_with_its_pace():
     rows, bar = [], Bar()
     optimiser = SimpleNamespace(param_groups=[{"lr": 0.5}, {"lr": 0.25}])
     log = SimpleNamespace(training=lambda *row: rows.append(row))
-    trainer = bare_trainer(curriculum=Curriculum(), steps=23, pace=pace, optimiser=optimiser, log=log)
+    trainer = bare_trainer(curriculum=Curriculum(), steps=23, pace=pace, optimiser=optimiser, log=log, logged="")
     for step in range(1, 24):
         trainer.progress.step = step
         trainer._log_step(bar, {"loss": torch.tensor(step / 2)})
     assert bar.count == 23 and pace.losses == [5.0, 10.0, 11.5]
     assert rows == [(step, step / 4, {"loss": step / 2, "speed": 12.6, "waiting": 0.25}, 0.5) for step in (10, 20, 23)]
-    assert bar.notes == [f"epoch {epoch}, loss {loss}, 13 x real time" for epoch, loss in
-                         (("2.5", "5.000"), ("5.0", "10.000"), ("5.8", "11.500"))]  # fmt: skip
+    losses = {0: "", 10: ", loss 5.000, 13 x real time", 20: ", loss 10.000, 13 x real time"}
+    expected = [f"epoch {step / 4:.1f}{losses[step // 10 * 10]}" for step in range(1, 23)]
+    assert bar.notes == [*expected, "epoch 5.8, loss 11.500, 13 x real time"]
+
+
+def test_a_line_of_the_progress_shows_the_epoch_of_its_step(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
+    pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.25, losses=[])
+    log, optimiser = SimpleNamespace(training=lambda *row: None), SimpleNamespace(param_groups=[{"lr": 0.5}])
+    trainer = bare_trainer(curriculum=Curriculum(), steps=40, pace=pace, optimiser=optimiser, log=log, logged="")
+    with trainer._progress_bar() as bar:
+        for step in range(1, 41):
+            trainer.progress.step = step
+            trainer._log_step(bar, {"loss": torch.tensor(1.0)})
+    shown = re.findall(r"\((\d+) of 40 steps\).*; epoch ([\d.]+)", capsys.readouterr().err)
+    assert len(shown) >= 9 and all(epoch == f"{int(step) / 4:.1f}" for step, epoch in shown)
 
 
 def test_the_bar_starts_at_the_resumed_step(monkeypatch):
