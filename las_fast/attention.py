@@ -1,6 +1,6 @@
 """python -m las_fast.attention: draw the attention of a model to a recording, below the spectrogram.
 
-    python -m las_fast.attention --checkpoint speech13h talk.flac --start 4 --end 8
+    python -m las_fast.attention talk.flac --start 4 --end 8
     python -m las_fast.attention --checkpoint runs/mine --data ROOT --utterance 1272-128104-0000
 
 Rows are characters and columns are seconds. The words stand above, where the model attends to them. The text is that
@@ -52,7 +52,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
+        "--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)"
     )
     parser.add_argument("file", nargs="?", type=as_recording, metavar="FILE", help="recording: wav, flac, ogg or mp3")
     parser.add_argument("--data", type=as_path, metavar="ROOT", help="instead of FILE: corpus with --utterance")
@@ -67,7 +67,9 @@ def parser() -> Parser:
         metavar="SECONDS",
         help=f"its end, at most {MAX_SECONDS:g} s after --start (default: the end of the file)",
     )
-    parser.add_argument("--text", help="text whose attention to draw (default: the text that the model recognises)")
+    parser.add_argument(
+        "--text", help="text whose attention to draw, in any case (default: the text that the model recognises)"
+    )
     parser.add_argument("--beam", type=int, help="beam width; 1 is greedy (default: the checkpoint's)")
     parser.add_argument(
         "--out",
@@ -90,8 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     prepare_output_file(out, "--out", what="a picture", suffixes=(".png",), inputs=inputs, may_replace=is_png)
     from las_fast.output.figures import utterance_picture
     from las_fast.recogniser import load
+    from las_fast.transcribe import released_model
 
-    model = load(options.checkpoint, device=options.device)
+    model = load(options.checkpoint or released_model(), device=options.device)
     if options.file:
         picture = make_picture(model, options.file, options.start, options.end, text=options.text, beam=options.beam)
     else:
@@ -299,7 +302,10 @@ def attend(model: Recogniser, features: Tensor, *, text: str | None, beam: int |
 
 
 def encode(text: str, vocabulary: Vocabulary) -> list[int]:
-    """Convert --text to tokens; raise InputError if the vocabulary lacks some of its characters."""
+    """Convert --text to tokens, in the case of the vocabulary; raise InputError if that lacks some characters."""
+    from las_fast.text import to_case
+
+    text = to_case(text, vocabulary.characters)
     if unknown := vocabulary.unknown(text):
         raise InputError(
             f"--text has characters that the model does not know: {' '.join(map(repr, unknown))}; "

@@ -46,7 +46,11 @@ def parser() -> Parser:
     )
     parser.add_argument("--out", required=True, type=as_file, metavar="FILE", help="file to write")
     parser.add_argument(
-        "--format", choices=FORMATS, default="safetensors", help="format of the file (default: safetensors)"
+        "--format",
+        choices=FORMATS,
+        type=str.lower,
+        default="safetensors",
+        help="format of the file (default: safetensors)",
     )
     return parser
 

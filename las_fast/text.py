@@ -74,7 +74,7 @@ def normalise_text(text: str, characters: str = CHARACTERS) -> str:
     Letters take the vocabulary's case, accents are removed, ligatures are written out, and typographic apostrophes
     become plain. Everything else becomes a space, digits included (see has_lost_digits). Runs of spaces become one.
     """
-    text = _to_case(unicodedata.normalize("NFC", text), characters)
+    text = to_case(unicodedata.normalize("NFC", text), characters)
     return " ".join("".join(c if c in characters else _map(c, characters) for c in text).split())
 
 
@@ -91,7 +91,8 @@ def remedy(unknown: list[str], option: str) -> str:
     return "write digits as words" + (f" and map the others with {option}" if len(digits) < len(unknown) else "")
 
 
-def _to_case(text: str, characters: str) -> str:
+def to_case(text: str, characters: str) -> str:
+    """Convert letters to the case of a vocabulary's characters, unless it has both."""
     if characters == characters.upper():
         return text.upper()
     return text.lower() if characters == characters.lower() else text
@@ -103,5 +104,5 @@ def _map(character: str, characters: str) -> str:
     parts = "".join(
         TRANSLITERATIONS.get(c, c) for c in parts
     )  # without its accent a character may be in the table, as U+01FF
-    kept = (c if c in characters else "" if unicodedata.combining(c) else " " for c in _to_case(parts, characters))
+    kept = (c if c in characters else "" if unicodedata.combining(c) else " " for c in to_case(parts, characters))
     return "".join(kept)

@@ -64,8 +64,9 @@ def parser() -> Parser:
     add("files", nargs="+", type=as_recording, metavar="FILE",
         help="recordings, folders of recordings, or patterns such as 'talks/*.mp3'; - is standard input")  # fmt: skip
     add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)")
-    add("--format", choices=FORMATS, help="json has a line per recording, tsv per segment, ctm per word; "
-        "textgrid is for Praat (default: that of --out FILE, else text)")  # fmt: skip
+    add("--format", choices=FORMATS, type=str.lower,
+        help="json has a line per recording, tsv per segment, ctm per word; textgrid is for Praat "
+        "(default: that of --out FILE, else text)")  # fmt: skip
     add("--out", type=as_path, metavar="FOLDER|FILE",
         help="folder for RECORDING.txt, .json, .srt ..., in subfolders like those of a folder given; or, for one "
              "recording, a file such as talk.srt")  # fmt: skip

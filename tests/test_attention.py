@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from tiny_checkpoints import make_checkpoint
 from tiny_corpora import make_archive, make_speech
 
-from las_fast import attention, load
+from las_fast import attention, load, transcribe
 from las_fast.config import FeatureConfig
 from las_fast.data.features import compute_features
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.output import figures
-from las_fast.text import EOS
+from las_fast.text import EOS, Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,19 @@ def test_one_command_writes_the_picture_and_prints_the_text(workspace, tmp_path,
     draw(workspace, "--text", "A B")
     assert capsys.readouterr().out.splitlines() == ["A B", "written     plain.attention.png"]
     assert (tmp_path / "plain.attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_given_text_may_be_written_in_any_case(model):
+    tokens = model.loaded.vocabulary.encode("HELLO WORLD")
+    assert attention.encode("hello World", model.loaded.vocabulary) == tokens
+    assert attention.encode("aB", Vocabulary("abAB")) == Vocabulary("abAB").encode("aB")
+
+
+def test_without_a_checkpoint_the_released_model_is_drawn(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transcribe, "released_model", lambda: str(workspace / "untrained-20.safetensors"))
+    attention.main([str(workspace / "plain.wav"), "--device", "cpu", "--text", "A B"])
+    assert capsys.readouterr().out.splitlines() == ["A B", "written     plain.attention.png"]
 
 
 def test_weights_are_those_of_the_speller_with_teacher_forcing(workspace, model):

@@ -534,6 +534,7 @@ def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(worksp
 @pytest.mark.parametrize(("form", "suffix", "first"), [
     ("text", "txt", "HELLO"), ("json", "json", '{"file": '), ("srt", "srt", "1"), ("vtt", "vtt", "WEBVTT"),
     ("tsv", "tsv", "start"), ("textgrid", "TextGrid", "File type"),
+    ("TextGrid", "TextGrid", "File type"), ("JSON", "json", '{"file": '),
 ])  # fmt: skip
 def test_each_format_goes_to_stdout_or_to_files_of_its_name(workspace, calls, tmp_path, capsys, form, suffix, first):
     ask(workspace, "--format", form)
