@@ -76,7 +76,7 @@ def _cells(run: Run) -> list[str]:
     hours = run.valid[-1].get("core_hours") if run.valid else None
     formed = "no" if run.formed is None else f"epoch {run.formed:g}"
     return [
-        f"{epochs:g}",
+        f"{round(epochs, 1):g}",
         f"{best['cer']:.2f} %" if best else "",
         f"{best['epoch']:g}" if best else "",
         f"{best['wer']:.2f} %" if best.get("wer") is not None else "",

@@ -66,12 +66,15 @@ def test_a_cer_above_100_does_not_flatten_the_curves_of_other_runs(tmp_path):
 
 
 def test_the_summary_has_a_row_per_run(tmp_path):
-    page = page_of(tmp_path, make_run(tmp_path / "a"), make_run(tmp_path / "b", cer=(80.0,)))
+    stopped = make_run(tmp_path / "b", cer=(80.0,))
+    with (stopped / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"kind": "train", "step": 16, "epoch": 1.54762, "speed": 30.0}) + "\n")
+    page = page_of(tmp_path, make_run(tmp_path / "a"), stopped)
     rows = page[: page.index("<h2>Training")].split("<tr>")[2:]
     cells = [re.findall(r'<td class="rate">(.*?)</td>', row) for row in rows]
     assert cells == [
         ["2", "30.00 %", "2", "60.00 %", "epoch 2", "30 ×", "", "1.00"],
-        ["1", "80.00 %", "1", "160.00 %", "no", "30 ×", "", "0.50"],
+        ["1.5", "80.00 %", "1", "160.00 %", "no", "30 ×", "", "0.50"],
     ]
 
 
