@@ -31,7 +31,7 @@ import ctypes
 import gzip
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -342,15 +342,27 @@ def measure_confidence(options: argparse.Namespace) -> None:
         for part, rows in (("held-out half", held_out), ("half of the fit", ~held_out)):
             if not rows.any():
                 continue  # one utterance has no second half
-            values, right = words.values[rows], words.right[rows]
-            ece, auc = expected_calibration_error(values, right), area_under_roc(values, right)
-            perfect, p95 = perfect_calibration_error(values)
-            print(f"{search}, {part}: {len(values)} words, {right.mean():.1%} right, ECE {ece:.4f}, AUC {auc:.4f}; "
+            right = words.right[rows]
+            quality = quality_of(words.values[rows], right)
+            ece, auc, perfect, p95 = quality
+            print(f"{search}, {part}: {len(right)} words, {right.mean():.1%} right, ECE {ece:.4f}, AUC {auc:.4f}; "
                   f"ECE if perfect {perfect:.4f}, 95% below {p95:.4f}; "
                   f"out of order in all: {words.disorder}")  # fmt: skip
-            cells = (len(values), int(right.sum()), "", "", f"{ece:.4f}", f"{auc:.4f}", words.disorder,
-                     f"{perfect:.4f}", f"{p95:.4f}")  # fmt: skip
-            record(options, "confidence", f"{options.split}, {part}", search, cells)
+            record_quality(options, part, search, right, words.disorder, quality)
+
+
+def quality_of(values: np.ndarray, right: np.ndarray) -> tuple[float, float, float, float]:
+    """Return ECE and AUC of confidences (N,), and the mean and 95th percentile of the ECE of perfect ones."""
+    return expected_calibration_error(values, right), area_under_roc(values, right), *perfect_calibration_error(values)
+
+
+def record_quality(
+    options: argparse.Namespace, part: str, search: str, right: np.ndarray, disorder: int, quality: Iterable[float]
+) -> None:
+    """Append the row of a search and a part of the split with --record; quality is as from quality_of."""
+    ece, auc, *perfect = (f"{value:.4f}" for value in quality)
+    cells = (len(right), int(right.sum()), "", "", ece, auc, disorder, *perfect)
+    record(options, "confidence", f"{options.split}, {part}", search, cells)
 
 
 def measure_by_folds(options: argparse.Namespace) -> None:
@@ -365,16 +377,13 @@ def measure_by_folds(options: argparse.Namespace) -> None:
         rows = []
         for seed in range(PARTITIONS):
             values = cross_validated(features, right, words.utterance, start, seed)
-            scores = expected_calibration_error(values, right), area_under_roc(values, right)
-            rows.append((*scores, *perfect_calibration_error(values)))
+            rows.append(quality_of(values, right))
         (ece, auc, perfect, p95), eces = np.mean(rows, 0), [row[0] for row in rows]
         search = "greedy" if beam == 1 else f"beam {loaded.config.decoding.beam}"
         print(f"{search}, {FOLDS} folds: {len(right)} words, {(~right).sum()} wrong, ECE {ece:.4f} "
               f"({min(eces):.4f} to {max(eces):.4f} in {PARTITIONS} partitions), AUC {auc:.4f}; "
               f"ECE if perfect {perfect:.4f}, 95% below {p95:.4f}")  # fmt: skip
-        cells = (len(right), int(right.sum()), "", "", f"{ece:.4f}", f"{auc:.4f}", words.disorder,
-                 f"{perfect:.4f}", f"{p95:.4f}")  # fmt: skip
-        record(options, "confidence", f"{options.split}, {FOLDS} folds", search, cells)
+        record_quality(options, f"{FOLDS} folds", search, right, words.disorder, (ece, auc, perfect, p95))
 
 
 def cross_validated(
