@@ -167,10 +167,9 @@ def make_picture(
     from las_fast.data.audio import load_audio
     from las_fast.data.features import compute_features, logmel_config, seconds_of, speech_features
 
-    config, known = model.loaded.config.features, model.loaded.info.get("data", {})
-    if known.get("kind") == "features":
-        message = f"was trained on the features of {known.get('name')}; those that las_fast computes may differ"
-        print(f"warning: checkpoint {model.loaded.path} {message}", file=sys.stderr)
+    config = model.loaded.config.features
+    if warning := model.features_warning():
+        print(f"warning: {warning}", file=sys.stderr)
     samples = load_audio(path, config.sample_rate, start=start, seconds=None if end is None else end - start)
     check_length(path, len(samples) / config.sample_rate, start)
     ((features, spans),) = speech_features([samples], config)
@@ -192,38 +191,40 @@ def picture_of_utterance(model: Recogniser, options: argparse.Namespace) -> Pict
     from las_fast.decode import check_fits
 
     corpus = open_corpus(options.data)
-    found = find_utterance(corpus, options.utterance, options.split)
+    utterance = find_utterance(corpus, options.utterance, options.split)
     check_fits(corpus, model.loaded)
     if corpus.kind == "features":
-        return picture_of_features(model, corpus, found, options)
-    start, end = found.start + options.start, None if options.end is None else found.start + options.end
-    limit = found.span[1]
+        return picture_of_features(model, corpus, utterance, options)
+    start, end = utterance.start + options.start, None if options.end is None else utterance.start + options.end
+    limit = utterance.span[1]
     if math.isfinite(limit):
         end = limit if end is None else min(end, limit)
     if end is not None and start >= end:
-        seconds = end - found.start
-        raise InputError(f"--start {options.start:g} is not before the end of {show(found.id)}, {seconds:.1f} s")
-    return make_picture(model, found.path, start, end, text=options.text, beam=options.beam)
+        seconds = end - utterance.start
+        raise InputError(f"--start {options.start:g} is not before the end of {show(utterance.id)}, {seconds:.1f} s")
+    return make_picture(model, utterance.path, start, end, text=options.text, beam=options.beam)
 
 
 def find_utterance(corpus: Corpus, name: str, split: str | None) -> Utterance:
     """Return the utterance with that id; raise InputError if there is none, or if several splits have one."""
     splits = corpus.splits if split is None else corpus.resolve(split)
     listings = {one: {u.id: u for u in corpus.utterances(one)} for one in splits}
-    having = [one for one, utterances in listings.items() if name in utterances]
-    if not having:
+    holders = [one for one, utterances in listings.items() if name in utterances]
+    if not holders:
         ids = [one for utterances in listings.values() for one in utterances]
         near = difflib.get_close_matches(name, ids, 1) or ids[:1]
         example = f", such as {show(near[0])}" if near else ""
         raise InputError(
             f"{show(corpus.root)} has no utterance {show(name)} in {', '.join(splits)}; give an id of these{example}"
         )
-    if len(having) > 1:
-        raise InputError(f"the splits {' and '.join(having)} each have an utterance {show(name)}; give one by --split")
-    return listings[having[0]][name]
+    if len(holders) > 1:
+        raise InputError(f"the splits {' and '.join(holders)} each have an utterance {show(name)}; give one by --split")
+    return listings[holders[0]][name]
 
 
-def picture_of_features(model: Recogniser, corpus: Corpus, found: Utterance, options: argparse.Namespace) -> Picture:
+def picture_of_features(
+    model: Recogniser, corpus: Corpus, utterance: Utterance, options: argparse.Namespace
+) -> Picture:
     """Compute the contents of a picture of an utterance whose features are in a file; see picture_of_utterance."""
     import numpy as np
     import torch
@@ -232,15 +233,16 @@ def picture_of_features(model: Recogniser, corpus: Corpus, found: Utterance, opt
     from las_fast.data.readers import read_utterance
 
     config = model.loaded.config.features
-    item = read_utterance(corpus, found, config)
+    item = read_utterance(corpus, utterance, config)
     if item.frames is None:
         raise InputError(item.problem)
     shift = config.shift_ms / 1000
     first, last = round(options.start / shift), None if options.end is None else round(options.end / shift)
     frames = torch.from_numpy(item.frames[first:last])
     if not len(frames):
-        raise InputError(f"--start {options.start:g} is not before the end of {show(found.id)}, {item.seconds:.1f} s")
-    check_length(found.id, len(frames) * shift, options.start)
+        end = f"the end of {show(utterance.id)}, {item.seconds:.1f} s"
+        raise InputError(f"--start {options.start:g} is not before {end}")
+    check_length(utterance.id, len(frames) * shift, options.start)
     tokens, weights = attend(model, frames, text=options.text, beam=options.beam)
     drawn = per_column(model, weights, np.arange(len(frames)), len(frames))
     shown = normalise(frames, config, model.loaded.statistics).numpy()

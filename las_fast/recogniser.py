@@ -268,12 +268,8 @@ class Recogniser:
         """Prepare a call of `transcribe_all`, with the same options and errors."""
         check_number("min_speech_score", min_speech_score)
         check_number("pool_seconds", pool_seconds, minimum=0)
-        data = self.loaded.info.get("data", {})
-        if data.get("kind") == "features":
-            warn(
-                f"checkpoint {self.loaded.path} was trained on the features of {data['name']}; "
-                "those that las_fast computes from audio may differ"
-            )
+        if warning := self.features_warning():
+            warn(warning)
         check_vad(vad)
         decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
         check_nbest(nbest, decoder.config.beam)
@@ -287,6 +283,16 @@ class Recogniser:
             pool_seconds=pool_seconds,
             warn=warn,
             on_audio=on_audio,
+        )
+
+    def features_warning(self) -> str | None:
+        """Return a warning if the model was trained on features that las_fast has not computed, else None."""
+        data = self.loaded.info.get("data", {})
+        if data.get("kind") != "features":
+            return None
+        return (
+            f"checkpoint {self.loaded.path} was trained on the features of {data.get('name')}; "
+            "those that las_fast computes from audio may differ"
         )
 
     def settings(self, *, beam: int | None = None, lm: LanguageModel = None) -> DecodingConfig:
