@@ -1,8 +1,7 @@
 """python -m las_fast.lm: a character n-gram model from text, for --lm of decode, transcribe and tune.
 
 Texts are plain files with one sentence per line (.gz too), LibriSpeech's *.trans.txt, Kaldi's text, anything that
---data of the other commands takes (the transcripts of a split), or folders of transcripts as .npy. A model file
-contains counts. On loading, they become the dense table of log-probabilities that the search reads.
+--data of the other commands takes (the transcripts of a split), or folders of transcripts as .npy.
 
 The model is interpolated modified Kneser-Ney (Chen and Goodman 1999, "An empirical study of smoothing techniques for
 language modeling", section 3). With h' the context h without its oldest token, w the next token:
@@ -11,8 +10,13 @@ language modeling", section 3). With h' the context h without its oldest token, 
     p(w | h) = p(w | h')  if h never occurs;    the p of order 0 is uniform over <eos> and the characters
     D(1) = 1 - 2 Y n2 / n1,  D(2) = 2 - 3 Y n3 / n2,  D(3 and more) = 3 - 4 Y n4 / n3,  Y = n1 / (n1 + 2 n2)
 
-At the highest order, c counts occurrences in the text; at lower orders, the distinct tokens before the n-gram. n_i is
-the number of n-grams of an order with count i. A sentence begins with order-1 times <sos> and ends with <eos>.
+At the highest order, and for n-grams that begin a sentence, c counts occurrences in the text; at lower orders, the
+distinct tokens before the n-gram. n_i is the number of n-grams of an order with count i. A sentence begins with <sos>
+and ends with <eos>.
+
+--prune N leaves out n-grams of 4 and more tokens that occur fewer than N times. Their probability goes to shorter ones.
+--weights counts a text several times. --exclude leaves out the sentences that another text has in common, so that a
+model can be tuned on that text.
 """
 
 from __future__ import annotations
@@ -31,34 +35,39 @@ from las_fast.errors import InputError
 from las_fast.files import prepare_output_file
 from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import track
-from las_fast.search.ngram import (
-    DEFAULT_ORDER,
-    SENTENCES_PER_PASS,
+from las_fast.search.kneser_ney import (
     Counts,
-    LanguageModel,
     check_order,
-    count_ngrams,
-    is_lm,
+    count_weighted,
+    encode_sentences,
+    estimate,
     merge_counts,
     perplexity,
-    save_lm,
 )
+from las_fast.search.ngram import DEFAULT_ORDER, LanguageModel, is_lm, load_lm, save_lm
 from las_fast.text import CHARACTERS, Vocabulary, has_lost_digits, normalise_text
 
 HELD_OUT_ONE_IN = 20  # one sentence in 20 is held out to measure the perplexity
+SENTENCES_PER_PASS = 20000  # encoded at once
+COMMON_WORDS = 6  # a sentence with this many words in a row in common with an excluded text is left out
+Tokens = dict[int, list[np.ndarray]]  # encoded sentences by weight
 
 
-# ------------------------------------------------------------------------------------------------------------- counting
+# ------------------------------------------------------------------------------------------------------------- training
 
 
-def train(sentences: Iterable[str], *, order: int = DEFAULT_ORDER, characters: str = CHARACTERS) -> LanguageModel:
+def train(
+    sentences: Iterable[str], *, order: int = DEFAULT_ORDER, characters: str = CHARACTERS, prune: int = 1
+) -> LanguageModel:
     """Train a model on sentences that contain only these characters; without sentences it is uniform.
 
-    Raises InputError for an order that is out of range or too large for this machine.
+    Raises InputError for an order that is out of range, or characters that are not in the vocabulary.
     """
-    check_order(order, len(Vocabulary(characters)))
+    V = len(Vocabulary(characters))
+    check_order(order, V)
     texts = list(sentences)
-    return LanguageModel(order, characters, *count_ngrams(texts, characters, order), sentences=len(texts))
+    counts = count_weighted([(encode_sentences(texts, characters), 1)], V, order)
+    return LanguageModel(order, characters, estimate(counts, V, prune=prune), sentences=len(texts))
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
@@ -97,60 +106,98 @@ def _read_corpus(root: Path, split: str) -> Iterator[str]:
 
 
 class Sentences:
-    """The sentences of several sources, mapped onto the characters; counts those kept and those left out, and why."""
+    """The sentences of several sources with their weights, mapped onto the characters and without those of `excluded`.
 
-    def __init__(self, sources: list[Path], characters: str, split: str):
+    Counts what is kept and what is left out.
+    """
+
+    def __init__(self, sources: list[Path], characters: str, split: str, weights: list[int] | None = None,
+                 excluded: Excluded | None = None):  # fmt: skip
         self.sources, self.characters, self.split = sources, characters, split
-        self.kept = self.letters = self.with_digits = self.unmapped = 0
+        self.weights, self.excluded = weights or [1] * len(sources), excluded
+        self.kept = self.letters = self.with_digits = self.unmapped = self.in_common = 0
 
-    def __iter__(self) -> Iterator[str]:
-        allowed = set(self.characters)
-        texts = itertools.chain.from_iterable(read_texts(source, self.split) for source in self.sources)
-        for text in track(texts, "counting", "sentences"):
-            text = text.strip()
-            if not text:
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        pairs = zip(self.sources, self.weights, strict=True)
+        texts = ((text, weight) for source, weight in pairs for text in read_texts(source, self.split))
+        for text, weight in track(texts, "counting", "sentences"):
+            if not text.strip():
                 continue
-            if has_lost_digits(text, self.characters):  # their spoken form is unknown
+            mapped = map_text(text, self.characters)
+            if mapped is None:
                 self.with_digits += 1
-                continue
-            if not allowed.issuperset(text):
-                text = normalise_text(text, self.characters)
-            if not text:
+            elif not mapped:
                 self.unmapped += 1
-                continue
-            self.kept, self.letters = self.kept + 1, self.letters + len(text)
-            yield text
+            elif self.excluded and self.excluded.shares(mapped):
+                self.in_common += 1
+            else:
+                self.kept, self.letters = self.kept + 1, self.letters + len(mapped)
+                yield mapped, weight
 
     def check_kept(self) -> None:
         """Raise InputError if no sentence was kept."""
         if self.kept:
             return
         sources, digits, unmapped = ", ".join(map(str, self.sources)), self.with_digits, self.unmapped
-        if not digits + unmapped:
+        if not digits + unmapped + self.in_common:
             raise InputError(f"there is no sentence in {sources}; give text with one sentence per line")
-        if not unmapped:
+        if not unmapped + self.in_common:
             raise InputError(f"all {digits} sentences of {sources} contain digits; write them as words")
-        also = f"{digits} contain digits, which must be written as words, and " if digits else ""
-        raise InputError(
-            f"no sentence of {sources} can be used: {also}{unmapped} have none of the characters {self.characters!r}; "
-            "give other text, or --characters"
-        )
+        reasons = [f"{digits} contain digits, which must be written as words"] if digits else []
+        reasons += [f"{unmapped} have none of the characters {self.characters!r}"] if unmapped else []
+        reasons += [f"{self.in_common} share words with the excluded texts"] if self.in_common else []
+        advice = "give other text, or --characters" if unmapped else "give other text"
+        raise InputError(f"no sentence of {sources} can be used: {', and '.join(reasons)}; {advice}")
 
 
-def count_held_out(sentences: Iterable[str], characters: str, order: int) -> tuple[Counts, Counts]:
-    """Count the n-grams of the training sentences and of the held-out sentences.
+def map_text(text: str, characters: str) -> str | None:
+    """Return a sentence in these characters; None if it has digits, whose spoken form is unknown."""
+    text = text.strip()
+    if has_lost_digits(text, characters):
+        return None
+    return text if set(characters).issuperset(text) else normalise_text(text, characters)
+
+
+class Excluded:
+    """Sentences that training texts must not share: whole, or COMMON_WORDS words in a row."""
+
+    def __init__(self, texts: Iterable[str], characters: str):
+        mapped = [text for text in (map_text(text, characters) for text in texts) if text]
+        self.sentences = {" ".join(text.split()) for text in mapped}
+        self.runs = {run for text in mapped for run in word_runs(text)}
+
+    def shares(self, text: str) -> bool:
+        """Return whether a sentence is one of these, or has a run of words in common with one."""
+        return " ".join(text.split()) in self.sentences or not self.runs.isdisjoint(word_runs(text))
+
+
+def word_runs(text: str) -> Iterator[tuple[str, ...]]:
+    """Yield every COMMON_WORDS words in a row."""
+    words = text.split()
+    return zip(*(words[i:] for i in range(COMMON_WORDS)), strict=False)
+
+
+def encode_held_out(sentences: Iterable[tuple[str, int]], characters: str) -> tuple[Tokens, Tokens]:
+    """Encode the training sentences and the held-out sentences.
 
     A hash of the text decides which are held out, so the choice is reproducible and the same for repeated sentences.
     """
-    kept: Counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    held_out = kept
+    kept: Tokens = {}
+    held_out: Tokens = {}
     sentences = iter(sentences)
     while batch := list(itertools.islice(sentences, SENTENCES_PER_PASS)):
-        held = [zlib.crc32(text.encode()) % HELD_OUT_ONE_IN == 0 for text in batch]
-        kept_texts, held_texts = (list(itertools.compress(batch, (h == part for h in held))) for part in (False, True))
-        kept = merge_counts(kept, count_ngrams(kept_texts, characters, order))
-        held_out = merge_counts(held_out, count_ngrams(held_texts, characters, order))
+        groups: dict[tuple[bool, int], list[str]] = {}
+        for text, weight in batch:
+            held = zlib.crc32(text.encode()) % HELD_OUT_ONE_IN == 0
+            groups.setdefault((held, weight), []).append(text)
+        for (held, weight), texts in groups.items():
+            (held_out if held else kept).setdefault(weight, []).append(encode_sentences(texts, characters))
     return kept, held_out
+
+
+def count(tokens: Tokens, V: int, order: int) -> list[Counts]:
+    """Count the n-grams of orders 1 to `order`."""
+    return count_weighted(((np.concatenate(parts), weight) for weight, parts in tokens.items()), V, order)
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -165,6 +212,20 @@ def parser() -> Parser:
     parser.add_argument(
         "--order", type=int, default=DEFAULT_ORDER, help=f"length of the n-grams (default: {DEFAULT_ORDER})"
     )
+    parser.add_argument(
+        "--prune", type=int, default=1, metavar="N",
+        help="leave out n-grams of 4 and more tokens that occur fewer than N times (default: 1, none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", type=int, nargs="+", metavar="W", help="how often to count each TEXT (default: once)"
+    )
+    parser.add_argument(
+        "--exclude", type=as_path, nargs="+", default=[], metavar="TEXT",
+        help=f"leave out sentences that share {COMMON_WORDS} words in a row with these texts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude-split", default="dev", help="split of each corpus that --exclude names (default: dev)"
+    )
     parser.add_argument("--characters", default=CHARACTERS, help="characters of the checkpoint (default: A-Z ' space)")
     parser.add_argument("--split", default="", help="split of each corpus (default: all of its training splits)")
     return parser
@@ -174,28 +235,49 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     options = parser().parse_args(argv)
     V = len(Vocabulary(options.characters))
-    check_order(options.order, V)
-    kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "may_replace": is_lm}
-    prepare_output_file(options.out, "--out", inputs=options.texts, **kind)
-    sentences = Sentences(options.texts, options.characters, options.split)
-    kept, held_out = count_held_out(sentences, options.characters, options.order)
+    check_options(options, V)
+    excluded = Excluded((t for s in options.exclude for t in read_texts(s, options.exclude_split)), options.characters)
+    sentences = Sentences(options.texts, options.characters, options.split, options.weights, excluded)
+    kept, held_out = encode_held_out(sentences, options.characters)
     sentences.check_kept()
-    lines = [("text", f"{sentences.kept} sentences, {sentences.letters} characters")]
-    if sentences.with_digits:
-        lines.append(("left out", f"{sentences.with_digits} sentences with digits; write them as words"))
-    if len(kept[0]) and len(held_out[0]):
-        value = perplexity(LanguageModel(options.order, options.characters, *kept).ngram_table(), held_out)
+    counts = count(kept, V, options.order)
+    lines = describe(sentences)
+    if kept and held_out:
+        tokens = np.concatenate([part for parts in held_out.values() for part in parts])
+        value = perplexity(estimate(counts, V, prune=options.prune), tokens, V)
         without = f"1 sentence in {HELD_OUT_ONE_IN}, for a model trained without them"
         lines.append(("perplexity", f"{value:.3f} per character on {without}"))
-    counts = merge_counts(kept, held_out)
-    model = LanguageModel(options.order, options.characters, *counts, sentences=sentences.kept)
-    save_lm(options.out, model)
-    size = 4 * V**options.order / 1e6
+    counts = list(itertools.starmap(merge_counts, zip(counts, count(held_out, V, options.order), strict=True)))
+    levels = estimate(counts, V, prune=options.prune)
+    save_lm(options.out, LanguageModel(options.order, options.characters, levels, sentences=sentences.kept))
     lines += [
-        ("order", f"{options.order}: {len(model.ngrams)} n-grams, a table of {size:.1f} MB when decoding"),
+        ("order", f"{options.order}: {load_lm(options.out).ngrams} n-grams"),
         ("written", f"{options.out} ({options.out.stat().st_size / 1e6:.2f} MB)"),
     ]
     print("\n".join(f"{name:<12}{value}" for name, value in lines))
+
+
+def check_options(options: argparse.Namespace, V: int) -> None:
+    """Raise InputError for options that are out of range or contradict each other; prepare the output file."""
+    check_order(options.order, V)
+    if options.prune < 1:
+        raise InputError(f"--prune must be at least 1; got {options.prune}")
+    if options.weights and len(options.weights) != len(options.texts):
+        raise InputError(f"--weights must be one number per TEXT, {len(options.texts)}; got {len(options.weights)}")
+    if low := [weight for weight in options.weights or [] if weight < 1]:
+        raise InputError(f"--weights must be at least 1; got {low[0]}; leave the text out instead")
+    kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "may_replace": is_lm}
+    prepare_output_file(options.out, "--out", inputs=[*options.texts, *options.exclude], **kind)
+
+
+def describe(sentences: Sentences) -> list[tuple[str, str]]:
+    """Return the printed lines about the text."""
+    lines = [("text", f"{sentences.kept} sentences, {sentences.letters} characters")]
+    if sentences.with_digits:
+        lines.append(("left out", f"{sentences.with_digits} sentences with digits; write them as words"))
+    if sentences.in_common:
+        lines.append(("left out", f"{sentences.in_common} sentences that share words with the excluded texts"))
+    return lines
 
 
 if __name__ == "__main__":

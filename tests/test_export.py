@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_checkpoints import make_checkpoint
 
-from las_fast import checkpoint, export
+from las_fast import checkpoint, export, lm
 from las_fast.errors import InputError
 from las_fast.search.confidence import calibration_path_for, load_calibration
-from las_fast.search.ngram import LanguageModel, count_ngrams, lm_path_for, save_lm
+from las_fast.search.ngram import lm_path_for, save_lm
 
 
 def export_model(path, *argv):
@@ -117,9 +117,9 @@ def test_settings_given_to_export_are_checked(tmp_path):
 
 def test_an_earlier_export_is_replaced_with_its_language_model(tmp_path):
     path = make_checkpoint(tmp_path)
-    save_lm(lm_path_for(path), LanguageModel(1, "AB", *count_ngrams(["AB"], "AB", 1)))
+    save_lm(lm_path_for(path), lm.train(["AB"], order=1, characters="AB"))
     for text in ("AB", "ABBA"):
-        save_lm(lm_path_for(path), LanguageModel(1, "AB", *count_ngrams([text], "AB", 1)))
+        save_lm(lm_path_for(path), lm.train([text], order=1, characters="AB"))
         out = export_model(path, "--decoding.ngram-weight", "0.2")
         assert lm_path_for(out).read_bytes() == lm_path_for(path).read_bytes()
 
@@ -151,7 +151,7 @@ def test_the_checkpoint_itself_is_not_replaced(tmp_path):
 
 def test_a_file_that_is_no_model_is_not_replaced(tmp_path):
     path, out = make_checkpoint(tmp_path), tmp_path / "small.safetensors"
-    save_lm(out, LanguageModel(1, "AB", *count_ngrams(["AB"], "AB", 1)))
+    save_lm(out, lm.train(["AB"], order=1, characters="AB"))
     before = out.read_bytes()
     with pytest.raises(InputError, match="small.safetensors exists and is not a model; give another name"):
         export_model(path)
@@ -166,7 +166,7 @@ def test_an_exported_model_has_the_suffix_safetensors(tmp_path, name):
 
 def test_the_checkpoints_language_model_is_not_overwritten(tmp_path):
     path = make_checkpoint(tmp_path)
-    save_lm(lm_path_for(path), LanguageModel(1, "AB", *count_ngrams(["AB"], "AB", 1)))
+    save_lm(lm_path_for(path), lm.train(["AB"], order=1, characters="AB"))
     before, alias = lm_path_for(path).read_bytes(), tmp_path / "alias.lm.safetensors"
     alias.symlink_to(lm_path_for(path))
     with pytest.raises(InputError, match="alias.lm.safetensors is an input of this command"):

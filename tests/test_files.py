@@ -27,8 +27,7 @@ from las_fast.files import (
     write_atomically,
 )
 from las_fast.output.submission import write_submission
-from las_fast.search import ngram
-from las_fast.search.ngram import LanguageModel, lm_path_for, save_lm
+from las_fast.search.ngram import lm_path_for, save_lm
 
 USERS = "my own notes\n"
 
@@ -100,7 +99,7 @@ def test_an_empty_file_may_be_replaced(text, tmp_path):
     out.touch()
     run_lm(text, out)
     run_lm(text, out)
-    assert safetensors_format(out) == "las_fast lm 1"
+    assert safetensors_format(out) == "las_fast lm 2"
 
 
 def test_checkpoints_and_language_models_do_not_replace_each_other(model, text, tmp_path):
@@ -137,7 +136,7 @@ def test_an_export_does_not_replace_the_weights_of_a_training(model, tmp_path):
 
 
 def test_an_exported_language_model_does_not_overwrite_another_file(model, tmp_path):
-    save_lm(lm_path_for(model), LanguageModel(1, "AB", *ngram.count_ngrams(["AB"], "AB", 1)))
+    save_lm(lm_path_for(model), lm.train(["AB"], order=1, characters="AB"))
     lm_path_for(tmp_path / "small.safetensors").write_text(USERS)
     with pytest.raises(InputError, match="small.lm.safetensors exists and is not a language model"):
         export.main(["--checkpoint", str(model), "--out", str(tmp_path / "small.safetensors")])

@@ -1,13 +1,23 @@
-"""A character n-gram model: counts, smoothing, the file, and the table that the beam search looks up.
+"""A character n-gram model: its file, and the table that the beam search looks up.
 
-The smoothing is interpolated modified Kneser-Ney; las_fast.lm gives the formulas.
+A file is in safetensors. Format 2, which save_lm writes, holds the n-grams of all orders as a trie, order by order,
+each order ascending. With N n-grams and M contexts of orders 2 and above:
+
+    tokens      (N,)        4 * token + 2 * (whether longer n-grams continue it) + (whether it is the last of its
+                            context), in the smallest unsigned integers that fit
+    log_probs   (N,) uint8  log-probability = minimum + step * code
+    backoffs    (M,) uint8  back-off weights of the contexts, in the order of their n-grams, as log_probs
+    sizes       (order,) int64  n-grams of each order
+    scales      (order, 4) float32  minimum and step of log_probs, minimum and step of backoffs
+
+Format 1 holds the counts of the n-grams of the highest order, of sentences that begin with order-1 times <sos>. They
+are estimated when they are loaded.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,153 +27,133 @@ import numpy as np
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
 from las_fast.files import safetensors_format, utf8_path
-from las_fast.text import EOS, PAD, SOS, Vocabulary
+from las_fast.search.kneser_ney import (
+    FORBIDDEN_LOG_PROB,
+    MAX_ORDER,
+    Level,
+    counts_of_all_orders,
+    estimate,
+    find,
+    starts,
+)
+from las_fast.text import PAD, SOS, Vocabulary
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     import torch
 
     from las_fast.checkpoint import Loaded
 
-FORMAT = "las_fast lm 1"
+FORMAT = "las_fast lm 2"
+COUNTS_FORMAT = "las_fast lm 1"
 SMOOTHING = "interpolated modified Kneser-Ney"
-DEFAULT_ORDER = 5  # held-out perplexity on English for orders 3 to 6: 6.7, 4.9, 4.1, 3.8; order 6 needs a 3.5 GB table
-MAX_ORDER = 12  # 31 ** 12 still fits in int64; 31 is the size of the default vocabulary
+DEFAULT_ORDER = 5  # held-out perplexity on English for orders 3 to 6: 6.7, 4.9, 4.1, 3.8
 DEFAULT_WEIGHT = 0.1  # decoding.ngram_weight with --lm if the settings have none; the best of a few on AN4's dev split
-FORBIDDEN_LOG_PROB = -1e4  # of <pad> and <sos>; exp gives 0. Not -inf: a weight of 0 times -inf is NaN
-DEFAULT_DISCOUNTS = (0.5, 1.0, 1.5)  # where a text is too small, or an order too dense, for the formulas
-SENTENCES_PER_PASS = 20000  # counted at once, to bound memory
-Counts = tuple[np.ndarray, np.ndarray]  # (N,) int64 n-grams as numbers in base V, ascending; (N,) int64 counts
+LARGEST_CODE = 255
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Counts of the n-grams of a text. An n-gram is a number in base V with its newest token as the last digit."""
+    """A back-off model of the characters of a text."""
 
     order: int
     characters: str
-    ngrams: np.ndarray  # (N,) int64, ascending
-    counts: np.ndarray  # (N,) int64, at least 1
+    levels: tuple[Level, ...]  # of orders 1 to `order`
     sentences: int = 0
+
+    @property
+    def ngrams(self) -> int:
+        """The number of n-grams of all orders."""
+        return sum(len(level.ngrams) for level in self.levels)
 
     def ngram_table(self) -> np.ndarray:
         """Return (V ** (order-1), V) float32 log-probabilities, as las_fast.ops.Ngram takes them.
 
-        <pad> and <sos> have FORBIDDEN_LOG_PROB.
+        <pad> and <sos> have FORBIDDEN_LOG_PROB. Raises InputError if the table takes over half of the memory here.
         """
         V = len(Vocabulary(self.characters))
-        check_order(self.order, V)
-        p = np.full((1, V), 1 / (V - 2), np.float32)
-        p[0, [PAD, SOS]] = 0.0
-        for k in range(1, self.order + 1):
-            p = _interpolate(p if k == 1 else np.tile(p, (V, 1)), *self._counts_of_order(k, V))
-        np.log(p, out=p, where=p > 0)
-        p[:, [PAD, SOS]] = FORBIDDEN_LOG_PROB
-        return p
-
-    def _counts_of_order(self, k: int, V: int) -> Counts:
-        """Return the k-grams and their counts; below the highest order, the number of distinct tokens before each."""
-        if k == self.order:
-            return self.ngrams, self.counts
-        longer = np.unique(self.ngrams % V ** (k + 1))
-        return np.unique(longer % V**k, return_counts=True)
+        _check_table(self.order, V)
+        table = self.levels[0].log_probs[None].copy()
+        for level in self.levels[1:]:
+            table = np.tile(table, (V, 1))
+            table[level.contexts] += level.backoffs[:, None]
+            table.ravel()[level.ngrams] = level.log_probs
+        table[:, [PAD, SOS]] = FORBIDDEN_LOG_PROB
+        return table
 
 
-def _interpolate(lower: np.ndarray, ngrams: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Turn probabilities of order k-1, repeated for each context (V ** (k-1), V), into those of order k, in place."""
-    size, V = lower.shape
-    contexts = ngrams // V
-    discounts = _discounts(counts)[np.minimum(counts, 3)]
-    total = np.bincount(contexts, counts, size)
-    share = np.bincount(contexts, discounts, size) / np.maximum(total, 1)
-    lower *= np.where(total > 0, share, 1.0)[:, None].astype(np.float32)
-    lower.ravel()[ngrams] += ((counts - discounts) / total[contexts]).astype(np.float32)
-    return lower
-
-
-def _discounts(counts: np.ndarray) -> np.ndarray:
-    """Return the discounts of counts 0, 1, 2, and 3 or more."""
-    n1, n2, n3, n4 = (int((counts == i).sum()) for i in (1, 2, 3, 4))
-    if min(n1, n2, n3, n4) > 0:
-        y = n1 / (n1 + 2 * n2)
-        discounts = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
-        if min(discounts) > 0:
-            return np.array((0.0, *discounts))
-    return np.array((0.0, *DEFAULT_DISCOUNTS))
-
-
-def check_order(order: int, V: int) -> None:
-    """Raise InputError if the order is out of range or its table over V tokens needs over half of the memory here."""
-    if not 1 <= order <= MAX_ORDER:
-        raise InputError(f"--order must be from 1 to {MAX_ORDER}; got {order}")
+def _check_table(order: int, V: int) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = 4 * V**order
     if 2 * size > memory:
-        fits = max((k for k in range(1, order) if 2 * 4 * V**k <= memory), default=1)
         raise InputError(
-            f"order {order} over {V} tokens needs a table of {size / 2**30:.1f} GiB, and this machine has "
-            f"{memory / 2**30:.1f} GiB of memory; train with --order {fits} or less"
+            f"a language model of order {order} over {V} tokens needs a table of {size / 2**30:.1f} GiB, and this "
+            f"machine has {memory / 2**30:.1f} GiB of memory; use a model of a lower order"
         )
 
 
-def count_ngrams(sentences: Iterable[str], characters: str, order: int) -> Counts:
-    """Count the n-grams of sentences that contain only these characters."""
-    counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    sentences = iter(sentences)
-    while batch := list(itertools.islice(sentences, SENTENCES_PER_PASS)):
-        counts = merge_counts(counts, np.unique(_encode_ngrams(batch, characters, order), return_counts=True))
-    return counts
-
-
-def _encode_ngrams(sentences: list[str], characters: str, order: int) -> np.ndarray:
-    """Return the n-gram that ends at each character and each <eos>, in the order of the text."""
-    vocabulary = Vocabulary(characters)
-    start = [SOS] * (order - 1)
-    tokens = np.array([t for text in sentences for t in (*start, *vocabulary.encode(text), EOS)], np.int64)
-    ngrams = np.zeros_like(tokens)
-    for back in range(order):
-        ngrams[back:] += tokens[: len(tokens) - back] * len(vocabulary) ** back
-    return ngrams[tokens != SOS]  # an n-gram that ends in <sos> may reach into the previous sentence
-
-
-def merge_counts(a: Counts, b: Counts) -> Counts:
-    """Add two counts."""
-    ngrams, index = np.unique(np.concatenate((a[0], b[0])), return_inverse=True)
-    return ngrams, np.bincount(index, np.concatenate((a[1], b[1])), len(ngrams)).astype(np.int64)
-
-
-def perplexity(table: np.ndarray, counts: Counts) -> float:
-    """Return exp of the mean negative log-probability of the counted n-grams: per character, with <eos> as one."""
-    ngrams, occurrences = counts
-    return float(np.exp(-(table.ravel()[ngrams].astype(np.float64) * occurrences).sum() / occurrences.sum()))
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def save_lm(path: Path, model: LanguageModel) -> None:
-    """Write a model to one safetensors file, atomically, in the smallest integers that fit."""
+    """Write a model to one safetensors file, atomically. Log-probabilities and back-off weights are quantised.
+
+    The model must not come from a file of counts: its contexts of several <sos> are no n-grams.
+    """
     from safetensors.numpy import save, save_file
 
     from las_fast import __version__
     from las_fast.files import write_tensors
 
-    possible = len(Vocabulary(model.characters)) ** model.order
-    max_count = int(model.counts.max(initial=0))
-    tensors = {
-        "ngrams": model.ngrams.astype(np.int32 if possible < 2**31 else np.int64),
-        "counts": model.counts.astype(np.int32 if max_count < 2**31 else np.int64),
-    }
+    tensors = _pack(model.levels, len(Vocabulary(model.characters)))
     metadata = {
         "format": FORMAT,
         "order": str(model.order),
         "characters": model.characters,
         "smoothing": SMOOTHING,
         "sentences": str(model.sentences),
-        "tokens": str(int(model.counts.sum())),
         "las_fast": __version__,
     }
     write_tensors(path, lambda name: save_file(tensors, name, metadata), lambda: save(tensors, metadata))
 
 
+def _pack(levels: tuple[Level, ...], V: int) -> dict[str, np.ndarray]:
+    tokens, log_probs, backoffs, scales = [], [], [], []
+    nodes_type = np.min_scalar_type(4 * V - 1)
+    for k, level in enumerate(levels, 1):
+        last = np.zeros(len(level.ngrams), np.int64)
+        last[starts(level.ngrams // V)[1:] - 1] = 1
+        last[-1:] = 1
+        continued = np.zeros(len(level.ngrams), np.int64)
+        if k < len(levels):
+            continued[np.searchsorted(level.ngrams, levels[k].contexts)] = 2
+        tokens.append((level.ngrams % V * 4 + continued + last).astype(nodes_type))
+        codes, scale = _quantise(level.log_probs, level.log_probs > FORBIDDEN_LOG_PROB)
+        weight_codes, weight_scale = _quantise(level.backoffs, np.ones(len(level.backoffs), bool))
+        log_probs.append(codes)
+        backoffs += [weight_codes] if k > 1 else []
+        scales.append(scale + weight_scale)
+    none = np.zeros(0, np.uint8)
+    return {
+        "tokens": np.concatenate(tokens),
+        "log_probs": np.concatenate(log_probs),
+        "backoffs": np.concatenate([none, *backoffs]),
+        "sizes": np.array([len(level.ngrams) for level in levels], np.int64),
+        "scales": np.array(scales, np.float32),
+    }
+
+
+def _quantise(values: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """Return codes (N,) uint8, and minimum and step of the values that count; the codes of others are arbitrary."""
+    if not counted.any():
+        return np.zeros(len(values), np.uint8), (0.0, 0.0)
+    low, high = float(values[counted].min()), float(values[counted].max())
+    step = (high - low) / LARGEST_CODE
+    codes = np.rint((values - low) / (step or 1.0))
+    return np.clip(codes, 0, LARGEST_CODE).astype(np.uint8), (low, step)
+
+
 def load_lm(path: Path) -> LanguageModel:
-    """Read a file that save_lm wrote. Raises InputError if it is missing, damaged or not a language model."""
+    """Read a language model. Raises InputError if the file is missing, damaged or not a language model."""
     from safetensors import SafetensorError, safe_open
 
     from las_fast.data import plain_text
@@ -171,35 +161,89 @@ def load_lm(path: Path) -> LanguageModel:
     try:
         with utf8_path(path) as name, safe_open(name, framework="np") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") not in READERS:
                 raise InputError(f"{path} is not a language model of las_fast; make one with python -m las_fast.lm")
-            ngrams, counts = (file.get_tensor(name).astype(np.int64) for name in ("ngrams", "counts"))
-        model = LanguageModel(
-            int(metadata["order"]), metadata["characters"], ngrams, counts, int(metadata["sentences"])
-        )
+            order, characters = int(metadata["order"]), metadata["characters"]
+            sentences = int(metadata["sentences"])
+            levels = READERS[metadata["format"]](file.get_tensor, order, len(Vocabulary(characters)))
+    except _DamagedError:
+        raise InputError(f"{path} is damaged: its numbers are inconsistent; make it or copy it again") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if plain_text.is_arpa_or_kenlm(path):
             problem = f"{path} is an n-gram model of another program, which las_fast cannot read"
             raise InputError(f"{problem}; train one on its text with python -m las_fast.lm") from None
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a readable language model ({reason}); make it or copy it again") from None
-    if not _is_valid(model):
-        raise InputError(f"{path} is damaged: its n-grams and counts are inconsistent; make it or copy it again")
-    return model
+    return LanguageModel(order, characters, levels, sentences)
 
 
 def is_lm(path: Path) -> bool:
     """Return whether a file is a language model, from its header."""
-    return safetensors_format(path) == FORMAT
+    return safetensors_format(path) in READERS
 
 
-def _is_valid(model: LanguageModel) -> bool:
-    ngrams, counts, V = model.ngrams, model.counts, len(Vocabulary(model.characters))
-    if not 1 <= model.order <= MAX_ORDER or ngrams.ndim != 1 or ngrams.shape != counts.shape or (counts < 1).any():
-        return False
-    last = ngrams % V  # the predicted token: never <pad> or <sos>
-    in_range = not len(ngrams) or (ngrams[0] >= 0 and int(ngrams[-1]) < V**model.order)
-    return bool(in_range and (np.diff(ngrams) > 0).all() and (last != PAD).all() and (last != SOS).all())
+class _DamagedError(Exception):
+    """Tensors of a file contradict each other."""
+
+
+Tensors = Callable[[str], np.ndarray]
+
+
+def _require(condition: object) -> None:
+    if not condition:
+        raise _DamagedError
+
+
+def _read_counts(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
+    """Read format 1 and estimate its model."""
+    ngrams, counts = (tensor(name).astype(np.int64) for name in ("ngrams", "counts"))
+    _require(_is_possible(order, V) and ngrams.ndim == 1 and ngrams.shape == counts.shape and (counts >= 1).all())
+    _require(not len(ngrams) or (ngrams[0] >= 0 and int(ngrams[-1]) < V**order and (np.diff(ngrams) > 0).all()))
+    _require((ngrams % V > SOS).all())  # nothing predicts <pad> or <sos>
+    return estimate(counts_of_all_orders(ngrams, counts, V, order), V)
+
+
+def _is_possible(order: int, V: int) -> bool:
+    return 1 <= order <= MAX_ORDER and V**order < 2**63
+
+
+def _read_trie(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
+    """Read format 2."""
+    nodes, log_probs, backoffs, sizes, scales = map(tensor, ("tokens", "log_probs", "backoffs", "sizes", "scales"))
+    _require(_is_possible(order, V) and sizes.shape == (order,) and scales.shape == (order, 4))
+    _require((sizes >= 0).all() and nodes.shape == log_probs.shape == (int(sizes.sum()),) and backoffs.ndim == 1)
+    _require(nodes.dtype.kind == "u" and log_probs.dtype == backoffs.dtype == np.uint8 and np.isfinite(scales).all())
+    levels: list[Level] = []
+    contexts, end, used = np.zeros(1, np.int64), 0, 0
+    for k, (size, scale) in enumerate(zip(sizes.tolist(), scales, strict=True), 1):
+        part = nodes[end : end + size].astype(np.int64)
+        ngrams = _ngrams_of_nodes(part, contexts, V, first=0 if k == 1 else SOS + 1)
+        values = scale[0] + scale[1] * log_probs[end : end + size].astype(np.float32)
+        weights = np.zeros(1, np.float32)
+        if k == 1:
+            _require(np.array_equal(ngrams, np.arange(V)))
+            values[[PAD, SOS]] = FORBIDDEN_LOG_PROB
+        else:
+            _require(find(levels[-1].ngrams, ngrams % V ** (k - 1))[0].all() and used + len(contexts) <= len(backoffs))
+            weights = scale[2] + scale[3] * backoffs[used : used + len(contexts)].astype(np.float32)
+            used += len(contexts)
+        levels.append(Level(ngrams, values, contexts, weights))
+        contexts, end = ngrams[part & 2 != 0], end + size
+    _require(not len(contexts) and used == len(backoffs))
+    return tuple(levels)
+
+
+def _ngrams_of_nodes(nodes: np.ndarray, contexts: np.ndarray, V: int, *, first: int) -> np.ndarray:
+    """Return the n-grams of the nodes of one order; each context has one run of nodes, and no token is below first."""
+    last, tokens = nodes & 1, nodes >> 2
+    _require(int(last.sum()) == len(contexts) and (not len(nodes) or last[-1]))
+    _require(((tokens >= first) & (tokens < V)).all())
+    ngrams = contexts[np.cumsum(last) - last] * V + tokens
+    _require((np.diff(ngrams) > 0).all())
+    return ngrams
+
+
+READERS = {COUNTS_FORMAT: _read_counts, FORMAT: _read_trie}
 
 
 def with_default_weight(decoding: DecodingConfig, lm: str | os.PathLike[str] | None) -> DecodingConfig:

@@ -9,12 +9,12 @@ import pytest
 from tiny_checkpoints import MODEL, make_checkpoint
 from tiny_corpora import EDITIONS, make_archive, make_librispeech
 
-from las_fast import train
+from las_fast import lm, train
 from las_fast.config import Config, DecodingConfig, FeatureConfig, TrainingConfig, load_config, load_settings
 from las_fast.data.hw4p2 import FEATURE_FOLDERS
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
-from las_fast.search.ngram import LanguageModel, count_ngrams, load_lm, save_lm
+from las_fast.search.ngram import load_lm, save_lm
 from las_fast.training import adapt
 
 TINY = ["--model.listener.conv-channels", "4", "--model.listener.lstm-size", "4", "--model.speller.key-size", "4",
@@ -183,9 +183,7 @@ def parent(tmp_path):
     """A checkpoint with a language model."""
     sections = {"decoding": DecodingConfig(beam=3, ngram_weight=0.2), "training": TrainingConfig(restarts=(40,))}
     path = make_checkpoint(tmp_path, sections=sections | {"model": MODEL})
-    text = ["AB", "BA"]
-    save_lm(path.with_suffix(".lm.safetensors"), LanguageModel(2, Config().data.characters,
-            *count_ngrams(text, Config().data.characters, 2), len(text)))  # fmt: skip
+    save_lm(path.with_suffix(".lm.safetensors"), lm.train(["AB", "BA"], order=2))
     return path
 
 
