@@ -25,7 +25,7 @@ from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
 from las_fast.output.metrics import score
-from las_fast.search.ngram import load_ngram_table
+from las_fast.search.ngram import load_ngram_model
 from las_fast.tune import decode_grid, open_split
 
 FILE = RESULTS / "learning_curve.csv"
@@ -58,9 +58,9 @@ def measure(name: str, options: argparse.Namespace) -> list[tuple]:
     ways = {"greedy": replace(decoding.attention_only(), beam=1), "beam and CTC": decoding}
     options.split = "dev"
     dataset = open_split(options, loaded)
-    ngram_table = load_ngram_table(None, decoding, loaded, "cpu")
+    ngram = load_ngram_model(None, decoding, loaded, "cpu")
     rows = []
-    for way, texts in zip(ways, decode_grid(loaded, dataset, list(ways.values()), ngram_table, "cpu"), strict=True):
+    for way, texts in zip(ways, decode_grid(loaded, dataset, list(ways.values()), ngram, "cpu"), strict=True):
         scores = score(dataset.texts, texts)
         values = (f"{value:.3f}" for value in (scores.ld, scores.cer, scores.wer))
         rows.append((*context()[:2], *labels, loaded.config.training.epochs, way, scores.utterances, *values))

@@ -42,10 +42,11 @@ from las_fast.data.manifest import rows_by_id
 from las_fast.data.normalisation import normalise
 from las_fast.data.silence import band_energy, find_speech
 from las_fast.errors import InputError
+from las_fast.ops import NgramModel
 from las_fast.output.metrics import score
 from las_fast.progress import track
 from las_fast.search.dataset import Utterances, decode_dataset
-from las_fast.search.ngram import load_ngram_table
+from las_fast.search.ngram import load_ngram_model
 
 FILE = RESULTS / "robustness.csv"
 COLUMNS = (*CONTEXT, "checkpoint", "split", "part", "condition", "way", "utterances", "cer")
@@ -229,9 +230,9 @@ def parts(utterances: list[Utterance], options: argparse.Namespace) -> dict[str,
 
 
 def measure(loaded: Loaded, data: Utterances, texts: list[str], groups: dict[str, list[int]], decoding: DecodingConfig,
-            ngram_table: torch.Tensor | None) -> dict[str, float]:  # fmt: skip
+            ngram: NgramModel | None) -> dict[str, float]:  # fmt: skip
     """Decode every utterance, and return the CER of each group in percent."""
-    hypotheses = decode_dataset(loaded.model, data, loaded.vocabulary, decoding, ngram=ngram_table, device="cpu")
+    hypotheses = decode_dataset(loaded.model, data, loaded.vocabulary, decoding, ngram=ngram, device="cpu")
     assert len(hypotheses) == len(texts) and all(hypotheses)
     decoded = [loaded.vocabulary.decode(best.text_tokens) for best, *_ in hypotheses]
     return {
@@ -276,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     loaded = load_model(options.checkpoint)
     ways = {name: one for name, one in decodings(loaded.config.decoding).items() if name in options.ways}
-    tables = {name: load_ngram_table(options.lm if one.ngram_weight else None, one, loaded, "cpu")
+    models = {name: load_ngram_model(options.lm if one.ngram_weight else None, one, loaded, "cpu")
               for name, one in ways.items()}  # fmt: skip
     utterances = open_utterances(options)
     groups = parts(utterances, options)
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         with torch.inference_mode():
             data = make_dataset(loaded, recordings, utterances, condition)
             for way, decoding in ways.items():
-                result = measure(loaded, data, texts, groups, decoding, tables[way])
+                result = measure(loaded, data, texts, groups, decoding, models[way])
                 cers |= {(condition, way, part): cer for part, cer in result.items()}
                 print(f"{condition}, {way}: CER {result['all']:.2f}%", flush=True)
     print(f"{len(utterances)} utterances of {options.split}")

@@ -25,7 +25,7 @@ from las_fast.data.layouts import open_corpus
 from las_fast.data.manifest import rows_by_id
 from las_fast.errors import InputError
 from las_fast.output.metrics import score
-from las_fast.search.ngram import load_ngram_table, with_default_weight
+from las_fast.search.ngram import load_ngram_model, with_default_weight
 from las_fast.tune import decode_grid, open_split
 
 FILE = RESULTS / "scores.csv"
@@ -85,19 +85,19 @@ def parts(ids: list[str], root: Path, splits: Sequence[str], column: str) -> dic
     return dict(groups)
 
 
-def measure(loaded: Loaded, dataset: SpeechDataset, settings: dict[str, DecodingConfig], ngram_table,
+def measure(loaded: Loaded, dataset: SpeechDataset, settings: dict[str, DecodingConfig], ngram,
             groups: dict[str, list[int]], backend: str) -> Iterator[tuple]:  # fmt: skip
     """Yield a row per setting and part: the last columns of COLUMNS, from part to other_alone.
 
     Args:
         settings:    decoding settings by name.
-        ngram_table: see load_ngram_table.
+        ngram: see load_ngram_model.
         groups:      utterance indices of each part.
         backend:     see beam_search.
     """
-    batched = decode_grid(loaded, dataset, list(settings.values()), ngram_table, "cpu", backend)
+    batched = decode_grid(loaded, dataset, list(settings.values()), ngram, "cpu", backend)
     one_by_one = [replace(decoding, frames_per_batch=1) for decoding in settings.values()]
-    single = decode_grid(loaded, dataset, one_by_one, ngram_table, "cpu", backend)
+    single = decode_grid(loaded, dataset, one_by_one, ngram, "cpu", backend)
     for way, texts, texts_alone in zip(settings, batched, single, strict=True):
         for part, members in groups.items():
             scores = score([dataset.texts[i] for i in members], [texts[i] for i in members])
@@ -132,11 +132,11 @@ def main(argv: list[str] | None = None) -> None:
     settings = select(decodings(decoding, options.beam), options)
     for selected in settings.values():
         check_decoding(loaded.config, selected)
-    ngram_table = load_ngram_table(options.lm, decoding, loaded, "cpu")
+    ngram = load_ngram_model(options.lm, decoding, loaded, "cpu")
     dataset = open_split(options, loaded)
     corpus = open_corpus(options.data)
     groups = parts(dataset.ids, corpus.root, corpus.resolve(options.split), options.by)
-    rows = list(measure(loaded, dataset, settings, ngram_table, groups, options.backend))
+    rows = list(measure(loaded, dataset, settings, ngram, groups, options.backend))
     print(markdown(rows))
     print(f"texts that differ when an utterance is decoded alone: {sum(row[-1] for row in rows if row[0] == 'all')}")
     if options.record:

@@ -27,7 +27,7 @@ from las_fast.data.normalisation import normalise
 from las_fast.output.metrics import score
 from las_fast.progress import track
 from las_fast.search.dataset import Utterances, decode_dataset
-from las_fast.search.ngram import load_ngram_table
+from las_fast.search.ngram import load_ngram_model
 
 FILE = RESULTS / "silence.csv"
 COLUMNS = (*CONTEXT, "checkpoint", "split", "part", "seconds", "db", "trimmed", "way", "utterances", "cer")
@@ -57,8 +57,8 @@ def padded_features(
 
 def decode(loaded: Loaded, data: Utterances, decoding: DecodingConfig) -> list[str]:
     """Return the best text of each utterance."""
-    ngram_table = load_ngram_table(None, decoding, loaded, "cpu")
-    hypotheses = decode_dataset(loaded.model, data, loaded.vocabulary, decoding, ngram=ngram_table, device="cpu")
+    ngram = load_ngram_model(None, decoding, loaded, "cpu")
+    hypotheses = decode_dataset(loaded.model, data, loaded.vocabulary, decoding, ngram=ngram, device="cpu")
     return [loaded.vocabulary.decode(best.text_tokens) for best, *_ in hypotheses]
 
 

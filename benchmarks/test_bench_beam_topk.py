@@ -23,11 +23,10 @@ def make(B, K, V):
 
 def all_options(B, K, V):
     generator = torch.Generator().manual_seed(1)
-    ngram_table = torch.randn(V**2, V, generator=generator).log_softmax(-1)
     limit = torch.full((B,), 3)
     options = {"minimum": limit, "maximum": limit + 20, "length_penalty": 0.7, "eos_threshold": 1.5}
     options["coverage"] = torch.randn(B, K, generator=generator)
-    return options | {"ngram": Ngram(ngram_table, torch.randint(0, V**2, (B, K), generator=generator), 0.3)}
+    return options | {"ngram": Ngram(torch.randn(B, K, V, generator=generator).log_softmax(-1), 0.3)}
 
 
 def plain(logits, scores, finished):

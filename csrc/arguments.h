@@ -32,9 +32,15 @@ inline void check_token(const char* name, int64_t token, int64_t V) {
   TORCH_CHECK(token >= 0 && token < V, name, " must be a token from 0 to ", V - 1, "; got ", token);
 }
 
-inline void check_ngram_table(const std::optional<at::Tensor>& x, int64_t V) {
-  TORCH_CHECK(!x || (x->dim() == 2 && x->size(0) > 0 && x->size(1) == V && x->scalar_type() == at::kFloat),
-              "ngram_table must be (states, V) float32 with V=", V, "; got ", x->sizes(), " ", x->scalar_type());
+// The values of rows and arcs are not checked.
+inline void check_ngram_model(const at::Tensor& rows, const at::Tensor& arcs, int64_t V, int64_t order) {
+  const auto check = [](const char* name, const at::Tensor& x, int64_t width) {
+    TORCH_CHECK(x.dim() == 2 && x.size(0) > 0 && x.size(1) == width && x.scalar_type() == at::kInt, name,
+                " of the n-gram model must be (N, ", width, ") int32; got ", x.sizes(), " ", x.scalar_type());
+  };
+  TORCH_CHECK(V > 0 && order > 0, "the n-gram model must have at least 1 token and order 1; got ", V, " and ", order);
+  check("rows", rows, 2 * ((V + 31) / 32) + 2);
+  check("arcs", arcs, 2);
 }
 
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& x) {

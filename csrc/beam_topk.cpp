@@ -29,7 +29,7 @@ void check_like(const char* name, const Optional& x, at::IntArrayRef shape, at::
 
 void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor& finished, const at::Tensor& lengths,
            int64_t eos, const Optional& minimum, const Optional& maximum, const Optional& coverage,
-           const Optional& ngram_table, const Optional& ngram_states, const Optional& ctc_next_log_probs) {
+           const Optional& ngram_log_probs, const Optional& ctc_next_log_probs) {
   const auto type = logits.scalar_type();
   TORCH_CHECK(logits.dim() == 3 && (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf),
               "logits must be (B, K, V) float32, bfloat16 or float16; got ", logits.sizes(), " ", type);
@@ -40,26 +40,23 @@ void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor&
   check_like("minimum", minimum, {B}, at::kLong);
   check_like("maximum", maximum, {B}, at::kLong);
   check_like("coverage", coverage, {B, K}, at::kFloat);
-  check_like("ngram_states", ngram_states, {B, K}, at::kLong);
+  check_like("ngram_log_probs", ngram_log_probs, {B, K, V}, at::kFloat);
   check_like("ctc_next_log_probs", ctc_next_log_probs, {B, K, V}, at::kFloat);
-  TORCH_CHECK(ngram_table.has_value() == ngram_states.has_value(),
-              "ngram_table and ngram_states must be given together");
-  las::check_ngram_table(ngram_table, V);
   las::check_token("eos", eos, V);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_topk(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_topk(
     const at::Tensor& logits_in, const at::Tensor& scores_in, const at::Tensor& finished_in,
     const at::Tensor& lengths_in, int64_t eos, const Optional& min_lengths_in, const Optional& max_lengths_in,
-    double length_penalty, double eos_threshold, const Optional& coverage_in, const Optional& ngram_table_in,
-    const Optional& ngram_states_in, double ngram_weight, const Optional& ctc_next_log_probs_in, double ctc_weight) {
-  check(logits_in, scores_in, finished_in, lengths_in, eos, min_lengths_in, max_lengths_in, coverage_in, ngram_table_in,
-        ngram_states_in, ctc_next_log_probs_in);
+    double length_penalty, double eos_threshold, const Optional& coverage_in, const Optional& ngram_log_probs_in,
+    double ngram_weight, const Optional& ctc_next_log_probs_in, double ctc_weight) {
+  check(logits_in, scores_in, finished_in, lengths_in, eos, min_lengths_in, max_lengths_in, coverage_in,
+        ngram_log_probs_in, ctc_next_log_probs_in);
   const at::Tensor logits = logits_in.to(at::kFloat).contiguous(), scores = scores_in.contiguous();
   const at::Tensor finished = finished_in.contiguous(), lengths = lengths_in.contiguous();
   const Optional min_lengths = contiguous(min_lengths_in), max_lengths = contiguous(max_lengths_in);
   const Optional coverage = contiguous(coverage_in), ctc_next_log_probs = contiguous(ctc_next_log_probs_in);
-  const Optional ngram_table = contiguous(ngram_table_in), ngram_states = contiguous(ngram_states_in);
+  const Optional ngram_log_probs = contiguous(ngram_log_probs_in);
   const int64_t B = logits.size(0), K = logits.size(1), V = logits.size(2);
   const Inputs in{logits.const_data_ptr<float>(), scores.const_data_ptr<float>(), finished.const_data_ptr<bool>(),
                   lengths.const_data_ptr<int64_t>(), B, K, V, block_count(V)};
@@ -69,13 +66,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                         length_penalty,
                         float(eos_threshold),
                         data_or_null<float>(coverage),
-                        data_or_null<float>(ngram_table),
-                        data_or_null<int64_t>(ngram_states),
-                        ngram_table ? ngram_table->size(0) : 0,
+                        data_or_null<float>(ngram_log_probs),
                         float(ngram_weight),
                         data_or_null<float>(ctc_next_log_probs),
                         float(ctc_weight)};
-  if (ngram_states) las::check_range("ngram_states", *ngram_states, options.ngram_state_count);
 
   std::vector<RowSummary> rows(B * K);
   std::vector<float> block_maxima(B * K * in.blocks);
@@ -89,11 +83,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor finished_after = at::empty(shape, finished.options());
   const at::Tensor tokens = at::empty(shape, lengths.options()), parents = at::empty(shape, lengths.options());
   const at::Tensor lengths_after = at::empty(shape, lengths.options());
-  const at::Tensor ngram_states_after =
-      ngram_table ? at::empty(shape, lengths.options()) : at::empty({0, 0}, lengths.options());
-  const Outputs out{scores_after.mutable_data_ptr<float>(),    tokens.mutable_data_ptr<int64_t>(),
-                    parents.mutable_data_ptr<int64_t>(),       finished_after.mutable_data_ptr<bool>(),
-                    lengths_after.mutable_data_ptr<int64_t>(), ngram_states_after.mutable_data_ptr<int64_t>()};
+  const Outputs out{scores_after.mutable_data_ptr<float>(), tokens.mutable_data_ptr<int64_t>(),
+                    parents.mutable_data_ptr<int64_t>(), finished_after.mutable_data_ptr<bool>(),
+                    lengths_after.mutable_data_ptr<int64_t>()};
   at::parallel_for(0, B, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, K * V)), [&](int64_t begin, int64_t end) {
     BestCandidates best(K);
     for (int64_t b = begin; b < end; ++b) {
@@ -103,7 +95,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       write(in, options, b, best, out);
     }
   });
-  return {scores_after, tokens, parents, finished_after, lengths_after, ngram_states_after};
+  return {scores_after, tokens, parents, finished_after, lengths_after};
 }
 
 }  // namespace

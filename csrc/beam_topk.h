@@ -115,9 +115,7 @@ struct Options {
   const int64_t *min_lengths, *max_lengths;  // (B,) or null
   double length_penalty;
   float eos_threshold;
-  const float *coverage, *ngram_table;  // (B, K) and (states, V), or null
-  const int64_t* ngram_states;          // (B, K), or null
-  int64_t ngram_state_count;
+  const float *coverage, *ngram_log_probs;  // (B, K) and (B, K, V), or null
   float ngram_weight;
   const float* ctc_next_log_probs;  // (B, K, V), or null
   float ctc_weight;
@@ -136,7 +134,7 @@ struct BeamRanking {
   const float* block_maxima;  // (blocks,)
   RowSummary row;
   float score, factor, coverage;  // rank = score of the candidate * factor + coverage
-  const float* ngram;  // (V,): the row of its state in ngram_table, or null
+  const float* ngram;  // (V,): log-probabilities of the n-gram model, or null
   float ngram_weight;
   const float* ctc_next_log_probs;  // (V,), or null
   float ctc_weight;
@@ -193,7 +191,7 @@ inline void offer_beam(const Inputs& in, const Options& options, const RowSummar
                          in.scores[at],
                          options.length_penalty == 0.0 ? 1.0f : 1.0f / std::pow(tokens, float(options.length_penalty)),
                          options.coverage ? options.coverage[at] : 0.0f,
-                         options.ngram_table ? options.ngram_table + options.ngram_states[at] * in.V : nullptr,
+                         options.ngram_log_probs ? options.ngram_log_probs + at * in.V : nullptr,
                          options.ngram_weight,
                          options.ctc_next_log_probs ? options.ctc_next_log_probs + at * in.V : nullptr,
                          options.ctc_weight};
@@ -212,7 +210,7 @@ struct Outputs {
   float* scores;
   int64_t *tokens, *parents;
   bool* finished;
-  int64_t *lengths, *ngram_states;
+  int64_t* lengths;
 };
 
 // Write the beams of utterance b.
@@ -226,9 +224,6 @@ inline void write(const Inputs& in, const Options& options, int64_t b, const Bes
     out.parents[to] = parent;
     out.finished[to] = ended || token == options.eos;
     out.lengths[to] = in.lengths[from] + !ended;
-    if (options.ngram_table == nullptr) continue;
-    const int64_t state = options.ngram_states[from];
-    out.ngram_states[to] = ended ? state : (state * in.V + token) % options.ngram_state_count;
   }
 }
 

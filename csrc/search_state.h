@@ -16,6 +16,7 @@
 #include "ctc_prefix.h"
 #include "matmul.h"
 #include "memory.h"
+#include "ngram_scores.h"
 #include "speller.h"
 #include "vector.h"
 
@@ -44,13 +45,17 @@ struct PackedSpeller {
 };
 
 struct SearchArguments {
-  at::Tensor keys, values, lengths;                      // (B, T, D), (B, T, E), (B,)
-  std::optional<at::Tensor> min_lengths;                 // (B,)
-  std::optional<at::Tensor> ngram_table, ctc_log_probs;  // (states, V), (B, T', V)
-  at::Tensor max_lengths;                                // (B,)
-  int64_t B, T, K, sos, eos;
+  at::Tensor keys, values, lengths;                    // (B, T, D), (B, T, E), (B,)
+  std::optional<at::Tensor> min_lengths;               // (B,)
+  std::optional<at::Tensor> ngram_rows, ngram_arcs;    // (states, 2 * words + 2), (arcs, 2)
+  std::optional<at::Tensor> ctc_log_probs;             // (B, T', V)
+  at::Tensor max_lengths;                              // (B,)
+  int64_t B, T, K, sos, eos, ngram_order, ngram_start;
   float length_penalty, eos_threshold, coverage_weight, ngram_weight, ctc_weight;
 
+  ngram::Model ngram_model(int64_t V) const {
+    return {ngram_rows->const_data_ptr<int32_t>(), ngram_arcs->const_data_ptr<int32_t>(), V, ngram_order};
+  }
   int64_t valid_frames(int64_t b) const { return std::clamp<int64_t>(lengths.const_data_ptr<int64_t>()[b], 0, T); }
 };
 
@@ -59,15 +64,15 @@ struct SearchArguments {
 // The beams of one utterance, (K,) each.
 struct UtteranceBeams {
   explicit UtteranceBeams(int64_t K)
-      : scores(K), tokens(K), parents(K), lengths(K), ngram_states(K), ended(new bool[K]) {}
+      : scores(K), tokens(K), parents(K), lengths(K), ended(new bool[K]) {}
 
   topk::Outputs outputs() {
-    return {scores.data(), tokens.data(), parents.data(), ended.get(), lengths.data(), ngram_states.data()};
+    return {scores.data(), tokens.data(), parents.data(), ended.get(), lengths.data()};
   }
   bool live(int64_t k) const { return !ended[k] && scores[k] > -INFINITE; }
 
   std::vector<float> scores;
-  std::vector<int64_t> tokens, parents, lengths, ngram_states;
+  std::vector<int64_t> tokens, parents, lengths;
   std::unique_ptr<bool[]> ended;
 };
 
@@ -151,6 +156,30 @@ struct CtcPrefixes {
   ctc::Scorer scorer;
 };
 
+// The scores of the n-gram model for the beams of one utterance.
+struct NgramScores {
+  void start(const ngram::Model& ngram_model, int64_t K, int64_t state) {
+    model = ngram_model;
+    states.assign(K, state);
+    log_probs.resize(K * model.V);
+    scorer.score(model, state, log_probs.data());  // only one beam exists before the first step
+  }
+
+  void follow_parents(const UtteranceBeams& after) {
+    const std::vector<int64_t> before = states;
+    for (int64_t k = 0; k < int64_t(before.size()); ++k) {
+      if (!after.live(k)) continue;
+      states[k] = ngram::follow(model, before[after.parents[k]], after.tokens[k]);
+      scorer.score(model, states[k], log_probs.data() + k * model.V);
+    }
+  }
+
+  ngram::Model model;
+  std::vector<int64_t> states;   // (K,)
+  std::vector<float> log_probs;  // (K, V)
+  ngram::Scorer scorer;
+};
+
 // One utterance in the search. When it has ended, the slot takes the next one.
 template <class T>
 struct SearchSlot {
@@ -166,6 +195,7 @@ struct SearchSlot {
   std::vector<float> coverage;           // (K,)
   std::vector<float> attention_sums;     // (K, frames): attention weights, summed over the tokens so far
   CtcPrefixes prefixes;
+  NgramScores ngram_scores;
 };
 
 // The live beams of all slots, and the rows of their parents' states without duplicates.

@@ -59,16 +59,11 @@ class SearchWorker {
     std::fill_n(beams.tokens.begin(), K, arguments_.sos);
     std::fill_n(beams.lengths.begin(), K, 0);
     std::fill_n(beams.ended.get(), K, false);
-    if (arguments_.ngram_table) std::fill_n(beams.ngram_states.begin(), K, first_ngram_state());
     std::fill_n(slot.state_rows.begin(), K, live_.initial_state());
     if (arguments_.coverage_weight != 0.0f) slot.attention_sums.assign(K * n, 0.0f);
     if (arguments_.ctc_log_probs) slot.prefixes.start(arguments_, b, speller_.V);
-  }
-
-  // The history before the first token is <sos> repeated. A state is its history as a number in base V.
-  int64_t first_ngram_state() const {
-    const int64_t states = arguments_.ngram_table->size(0);
-    return speller_.V > 1 ? arguments_.sos * (states - 1) / (speller_.V - 1) : 0;
+    if (arguments_.ngram_rows)
+      slot.ngram_scores.start(arguments_.ngram_model(speller_.V), K, arguments_.ngram_start);
   }
 
   // Replace the beams of slot s by their best continuations, and add the step to `history`.
@@ -106,9 +101,7 @@ class SearchWorker {
             arguments_.length_penalty,
             arguments_.eos_threshold,
             arguments_.coverage_weight != 0.0f ? slot.coverage.data() : nullptr,
-            arguments_.ngram_table ? arguments_.ngram_table->const_data_ptr<float>() : nullptr,
-            slot.beams.ngram_states.data(),
-            arguments_.ngram_table ? arguments_.ngram_table->size(0) : 0,
+            arguments_.ngram_rows ? slot.ngram_scores.log_probs.data() : nullptr,
             arguments_.ngram_weight,
             arguments_.ctc_log_probs ? slot.prefixes.next_log_probs.data() : nullptr,
             arguments_.ctc_weight};
@@ -122,6 +115,7 @@ class SearchWorker {
     for (int64_t k = 0; k < arguments_.K; ++k) slot.state_rows[k] = state_rows[parents[k]];
     if (arguments_.coverage_weight != 0.0f) move_attention(slot, parents);
     if (arguments_.ctc_log_probs) slot.prefixes.follow_parents(slot.beams, slot.next, arguments_.eos);
+    if (arguments_.ngram_rows) slot.ngram_scores.follow_parents(slot.next);
     std::swap(slot.beams, slot.next);
     bool live = false;
     for (int64_t k = 0; k < arguments_.K; ++k) live |= slot.beams.live(k);

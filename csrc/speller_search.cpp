@@ -147,7 +147,8 @@ auto dispatch_precision(c10::string_view precision, const Body& body) {
 
 void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths, int64_t beam,
            int64_t sos, int64_t eos, const std::optional<at::Tensor>& min_lengths, const at::Tensor& max_lengths,
-           const std::optional<at::Tensor>& ngram_table, const std::optional<at::Tensor>& ctc_log_probs) {
+           const std::optional<at::Tensor>& ngram_rows, const std::optional<at::Tensor>& ngram_arcs,
+           int64_t ngram_order, int64_t ngram_start, const std::optional<at::Tensor>& ctc_log_probs) {
   las::check_memory(keys, values, lengths);
   const int64_t B = keys.size(0);
   las::check_lengths("minimum", min_lengths, B);
@@ -155,7 +156,13 @@ void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at
   TORCH_CHECK(beam >= 1, "beam must be at least 1; got ", beam);
   las::check_token("sos", sos, V);
   las::check_token("eos", eos, V);
-  las::check_ngram_table(ngram_table, V);
+  TORCH_CHECK(ngram_rows.has_value() == ngram_arcs.has_value(), "ngram_rows and ngram_arcs must be given together");
+  if (ngram_rows) {
+    las::check_ngram_model(*ngram_rows, *ngram_arcs, V, ngram_order);
+    const int64_t states = ngram_rows->size(0);
+    TORCH_CHECK(ngram_start >= 0 && ngram_start < states, "ngram_start must be from 0 to ", states - 1, "; got ",
+                ngram_start);
+  }
   TORCH_CHECK(!ctc_log_probs || (ctc_log_probs->dim() == 3 && ctc_log_probs->size(0) == B &&
                                  ctc_log_probs->size(2) == V && ctc_log_probs->scalar_type() == at::kFloat),
               "ctc_log_probs must be (B, T', V) float32 with B=", B, ", V=", V, "; got ", ctc_log_probs->sizes(), " ",
@@ -165,17 +172,20 @@ void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at
 Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths,
                      int64_t beam, int64_t sos, int64_t eos, const std::optional<at::Tensor>& min_lengths,
                      const at::Tensor& max_lengths, double length_penalty, double eos_threshold,
-                     double coverage_weight, const std::optional<at::Tensor>& ngram_table, double ngram_weight,
+                     double coverage_weight, const std::optional<at::Tensor>& ngram_rows,
+                     const std::optional<at::Tensor>& ngram_arcs, int64_t ngram_order, int64_t ngram_start,
+                     double ngram_weight,
                      const std::optional<at::Tensor>& ctc_log_probs, double ctc_weight, c10::string_view precision,
                      const std::optional<at::Tensor>& packed) {
   const SpellerWeights weights(list);
-  check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, min_lengths, max_lengths, ngram_table,
-        ctc_log_probs);
+  check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, min_lengths, max_lengths, ngram_rows,
+        ngram_arcs, ngram_order, ngram_start, ctc_log_probs);
   const SearchArguments arguments{keys.contiguous(),
                                   values.contiguous(),
                                   lengths.contiguous(),
                                   contiguous(min_lengths),
-                                  contiguous(ngram_table),
+                                  contiguous(ngram_rows),
+                                  contiguous(ngram_arcs),
                                   contiguous(ctc_log_probs),
                                   max_lengths.contiguous(),
                                   keys.size(0),
@@ -183,6 +193,8 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
                                   beam,
                                   sos,
                                   eos,
+                                  ngram_order,
+                                  ngram_start,
                                   float(length_penalty),
                                   float(eos_threshold),
                                   float(coverage_weight),

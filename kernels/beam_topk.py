@@ -45,13 +45,6 @@ def _finite(x):
 
 
 @triton.jit
-def _state(pointer, state_count, exists):
-    """Load n-gram states and clamp them to the table: a kernel cannot raise."""
-    state = tl.load(pointer, mask=exists)
-    return tl.minimum(tl.maximum(state, 0), state_count - 1)
-
-
-@triton.jit
 def _rank(candidates, lengths, finished, coverage, length_penalty, COVERAGE: tl.constexpr, PENALTY: tl.constexpr):
     """Rank the candidates (R, BLOCK_V) of R beams. PENALTY is 0 or 1 for that length_penalty, 2 for any other."""
     if PENALTY != 0:
@@ -81,7 +74,7 @@ def _eos_rules(eos_score, best_other, lengths, b, minimum, maximum, threshold,
 
 
 @triton.jit
-def _candidates(steps, row, v, V, eos, score, finished, denied, forced, ngram_table, state, ngram_weight,
+def _candidates(steps, row, v, V, eos, score, finished, denied, forced, ngram_log_probs, ngram_weight,
                 ctc_next_log_probs, ctc_weight, inside, NGRAM: tl.constexpr, CTC: tl.constexpr):  # fmt: skip
     """Return the scores (R, BLOCK_V) of the continuations with log-probabilities `steps`; -inf where not allowed."""
     # (R, BLOCK_V)
@@ -91,7 +84,8 @@ def _candidates(steps, row, v, V, eos, score, finished, denied, forced, ngram_ta
         mixed = (1.0 - ctc_weight) * steps + ctc_weight * log_probs
         steps = tl.where(steps == -float("inf"), steps, mixed)  # 0 * -inf would be NaN
     if NGRAM:
-        steps = steps + ngram_weight * tl.load(ngram_table + state[:, None] * V + v[None, :], mask=inside)
+        log_probs = tl.load(ngram_log_probs + row[:, None] * V + v[None, :], mask=inside)
+        steps = steps + ngram_weight * log_probs
     steps = tl.where((is_eos & denied[:, None]) | ((is_eos == 0) & forced[:, None]), -float("inf"), steps)
     steps = tl.where(finished[:, None], tl.where(is_eos, 0.0, -float("inf")), steps)
     return score[:, None] + steps
@@ -99,8 +93,8 @@ def _candidates(steps, row, v, V, eos, score, finished, denied, forced, ngram_ta
 
 @triton.jit
 def _take_best(
-    keys, candidates, b, K, V, eos, finished, lengths, ngram_states, state_count,
-    out_scores, out_tokens, out_parents, out_finished, out_lengths, out_ngram_states, NGRAM: tl.constexpr,
+    keys, candidates, b, K, V, eos, finished, lengths,
+    out_scores, out_tokens, out_parents, out_finished, out_lengths,
 ):  # fmt: skip
     """Write the beams of the K largest keys (N,) of utterance b, one after another."""
     for j in range(K):
@@ -116,16 +110,13 @@ def _take_best(
         tl.store(out_parents + at, parent)
         tl.store(out_finished + at, ended | (token == eos))
         tl.store(out_lengths + at, tl.load(lengths + b * K + parent) + tl.where(ended, 0, 1))
-        if NGRAM:
-            state = _state(ngram_states + b * K + parent, state_count, parent < K)
-            tl.store(out_ngram_states + at, tl.where(ended, state, (state * V + token) % state_count))
 
 
 @triton.jit
 def topk_kernel(
-    logits, scores, finished, lengths, minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs,
-    out_scores, out_tokens, out_parents, out_finished, out_lengths, out_ngram_states,
-    K, V, eos, logits_b, logits_k, length_penalty, threshold, ngram_weight, ctc_weight, state_count,
+    logits, scores, finished, lengths, minimum, maximum, coverage, ngram_log_probs, ctc_next_log_probs,
+    out_scores, out_tokens, out_parents, out_finished, out_lengths,
+    K, V, eos, logits_b, logits_k, length_penalty, threshold, ngram_weight, ctc_weight,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, COVERAGE: tl.constexpr, NGRAM: tl.constexpr,
     CTC: tl.constexpr, THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -154,10 +145,9 @@ def topk_kernel(
         tl.max(tl.where(is_eos, steps, -float("inf")), 1), tl.max(tl.where(is_eos, -float("inf"), steps), 1), count,
         b, minimum, maximum, threshold, MINIMUM, MAXIMUM, THRESHOLD,
     )  # fmt: skip
-    state = _state(ngram_states + row, state_count, exists) if NGRAM else row
     # (BLOCK_K, BLOCK_V)
     candidates = _candidates(
-        steps, row, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight,
+        steps, row, v, V, eos, score, done, denied, forced, ngram_log_probs, ngram_weight,
         ctc_next_log_probs, ctc_weight, inside, NGRAM, CTC,
     )  # fmt: skip
     covered = tl.load(coverage + row, mask=exists) if COVERAGE else score
@@ -165,16 +155,15 @@ def topk_kernel(
     keys = tl.where(inside, _keys(ranks, k[:, None] * V + v[None, :]), NO_KEY)
     _take_best(
         tl.reshape(keys, [BLOCK_K * BLOCK_V]), tl.reshape(candidates, [BLOCK_K * BLOCK_V]), b, K, V, eos, finished,
-        lengths, ngram_states, state_count, out_scores, out_tokens, out_parents, out_finished, out_lengths,
-        out_ngram_states, NGRAM,
+        lengths, out_scores, out_tokens, out_parents, out_finished, out_lengths,
     )  # fmt: skip
 
 
 @triton.jit
 def row_kernel(
-    logits, scores, finished, lengths, minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs,
+    logits, scores, finished, lengths, minimum, maximum, coverage, ngram_log_probs, ctc_next_log_probs,
     row_keys, row_scores,
-    K, V, eos, logits_b, logits_k, length_penalty, threshold, ngram_weight, ctc_weight, state_count,
+    K, V, eos, logits_b, logits_k, length_penalty, threshold, ngram_weight, ctc_weight,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, COVERAGE: tl.constexpr, NGRAM: tl.constexpr,
     CTC: tl.constexpr, THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +199,6 @@ def row_kernel(
         (eos_logit - top) - log_sum, (best_other - top) - log_sum, count,
         b, minimum, maximum, threshold, MINIMUM, MAXIMUM, THRESHOLD,
     )  # fmt: skip
-    state = _state(ngram_states + row, state_count, k < K) if NGRAM else row
     covered = tl.load(coverage + row) if COVERAGE else score
     # (BLOCK_K,): the best keys so far, unordered until the last merge, with their scores
     slots = tl.arange(0, BLOCK_K)
@@ -224,7 +212,7 @@ def row_kernel(
         x = tl.load(line + v[None, :], mask=inside).to(tl.float32)
         steps = tl.where(has_softmax[:, None], (x - top[:, None]) - log_sum[:, None], -float("inf"))
         candidates = _candidates(
-            steps, row, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight,
+            steps, row, v, V, eos, score, done, denied, forced, ngram_log_probs, ngram_weight,
             ctc_next_log_probs, ctc_weight, inside, NGRAM, CTC,
         )  # fmt: skip
         ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
@@ -250,9 +238,9 @@ def row_kernel(
 
 @triton.jit
 def merge_kernel(
-    row_keys, row_scores, finished, lengths, ngram_states,
-    out_scores, out_tokens, out_parents, out_finished, out_lengths, out_ngram_states,
-    K, V, eos, state_count, NGRAM: tl.constexpr, BLOCK: tl.constexpr,
+    row_keys, row_scores, finished, lengths,
+    out_scores, out_tokens, out_parents, out_finished, out_lengths,
+    K, V, eos, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the K best of the K * K candidates that row_kernel wrote for utterance b."""
     b = tl.program_id(0).to(tl.int64)
@@ -262,38 +250,34 @@ def merge_kernel(
     keys = tl.load(row_keys + b * K * K + i, mask=inside, other=NO_KEY)
     candidates = tl.load(row_scores + b * K * K + i, mask=inside)
     _take_best(
-        keys, candidates, b, K, V, eos, finished, lengths, ngram_states, state_count,
-        out_scores, out_tokens, out_parents, out_finished, out_lengths, out_ngram_states, NGRAM,
+        keys, candidates, b, K, V, eos, finished, lengths,
+        out_scores, out_tokens, out_parents, out_finished, out_lengths,
     )  # fmt: skip
 
 
 def beam_topk(
     logits: Tensor, scores: Tensor, finished: Tensor, lengths: Tensor, eos: int, minimum: Tensor | None,
     maximum: Tensor | None, length_penalty: float, eos_threshold: float, coverage: Tensor | None,
-    ngram_table: Tensor | None, ngram_states: Tensor | None, ngram_weight: float, ctc_next_log_probs: Tensor | None,
-    ctc_weight: float,
+    ngram_log_probs: Tensor | None, ngram_weight: float, ctc_next_log_probs: Tensor | None, ctc_weight: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launch the kernels; the implementation of las_fast::beam_topk_triton."""
     B, K, V = logits.shape
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     beams = [logits, *(x.contiguous() for x in (scores, finished, lengths))]
-    options = (minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs)
+    options = (minimum, maximum, coverage, ngram_log_probs, ctc_next_log_probs)
     options = tuple(None if x is None else x.contiguous() for x in options)
-    minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs = options
     types = (torch.float32, torch.int64, torch.int64, torch.bool, torch.int64)
     out = [scores.new_empty(B, K, dtype=dtype) for dtype in types]
-    out += [scores.new_empty((0, 0) if ngram_table is None else (B, K), dtype=torch.int64)]
     if K == 0:
         return tuple(out)
-    state_count = None if ngram_table is None else ngram_table.shape[0]
     factors = tuple(map(float, (length_penalty, eos_threshold, ngram_weight, ctc_weight)))
-    scalars = (K, V, eos, *logits.stride()[:2], *factors, state_count)
+    scalars = (K, V, eos, *logits.stride()[:2], *factors)
     blocks = {"BLOCK_K": triton.next_power_of_2(K), "BLOCK_V": triton.next_power_of_2(V)}
     flags = {
         "MINIMUM": minimum is not None,
         "MAXIMUM": maximum is not None,
         "COVERAGE": coverage is not None,
-        "NGRAM": ngram_table is not None,
+        "NGRAM": ngram_log_probs is not None,
         "CTC": ctc_next_log_probs is not None,
         "THRESHOLD": eos_threshold != 0.0,
         "PENALTY": {0.0: 0, 1.0: 1}.get(length_penalty, 2),
@@ -307,7 +291,6 @@ def beam_topk(
     blocks["BLOCK_V"] = BLOCK
     row_kernel[B, K](*beams, *options, row_keys, row_scores, *scalars, **flags, **blocks, num_warps=4)
     merge_kernel[B,](
-        row_keys, row_scores, *beams[2:], ngram_states, *out, K, V, eos, state_count,
-        NGRAM=ngram_table is not None, BLOCK=triton.next_power_of_2(K * K), num_warps=4,
+        row_keys, row_scores, *beams[2:], *out, K, V, eos, BLOCK=triton.next_power_of_2(K * K), num_warps=4
     )  # fmt: skip
     return tuple(out)

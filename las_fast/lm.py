@@ -236,7 +236,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     V = len(Vocabulary(options.characters))
     check_options(options, V)
-    excluded = Excluded((t for s in options.exclude for t in read_texts(s, options.exclude_split)), options.characters)
+    excluded = None
+    if options.exclude:
+        texts = (text for source in options.exclude for text in read_texts(source, options.exclude_split))
+        excluded = Excluded(texts, options.characters)
     sentences = Sentences(options.texts, options.characters, options.split, options.weights, excluded)
     kept, held_out = encode_held_out(sentences, options.characters)
     sentences.check_kept()

@@ -28,11 +28,12 @@ from las_fast.data.samples import is_array, to_numpy
 from las_fast.data.vad import check_vad
 from las_fast.errors import InputError, show, type_name
 from las_fast.files import BEST
+from las_fast.ops import NgramModel
 from las_fast.output.transcripts import MIN_SPEECH_SCORE, POOL_SECONDS, Hypothesis, Transcript, noise_warning
 from las_fast.search import beam, dataset
 from las_fast.search.confidence import Calibration, load_calibration
 from las_fast.search.dataset import Utterances
-from las_fast.search.ngram import find_lm, load_ngram_table, with_default_weight
+from las_fast.search.ngram import find_lm, load_ngram_model, with_default_weight
 from las_fast.search.words import WordFinder
 from las_fast.system import choose_device
 from las_fast.transcription import Transcription, to_audio
@@ -85,14 +86,14 @@ class Decoder(NamedTuple):
     """The arguments of las_fast.search.beam.beam_search that do not depend on the utterances."""
 
     config: DecodingConfig
-    ngram: Tensor | None  # (V ** (order - 1), V) n-gram table
+    ngram: NgramModel | None
     packed: Tensor | None  # weights in the layout of the C++ search
 
 
 class Recogniser:
     """A trained model that transcribes recordings and decodes features; `las_fast.load` makes one.
 
-    It is thread-safe. The first call caches the n-gram table and a copy of the weights for the C++ search; the weights
+    It is thread-safe. The first call caches the n-gram model and a copy of the weights for the C++ search; the weights
     must not change afterwards.
 
     Args:
@@ -104,7 +105,7 @@ class Recogniser:
     def __init__(self, loaded: Loaded, device: torch.device, *, lm_option: str = "lm="):
         self.loaded, self.device, self._lm_option = loaded, device, lm_option
         self._lock = threading.Lock()
-        self._ngram_cache: tuple[Any, Tensor | None, DecodingConfig] | None = None  # key, n-gram table, settings
+        self._ngram_cache: tuple[Any, NgramModel | None, DecodingConfig] | None = None  # key, model, settings
         self._packed: dict[str, Tensor | None] = {}  # precision -> weights for the C++ search
         self._calibration: Calibration | None = None  # of word times and confidences
 
@@ -319,17 +320,17 @@ class Recogniser:
             if decoding.precision not in self._packed:
                 packed = beam.packed_weights(self.loaded.model, decoding, self.device)
                 self._packed[decoding.precision] = packed
-            ngram, rewarded = self._ngram_table(decoding, None if lm is None or lm is False else os.fspath(lm))
+            ngram, rewarded = self._ngram_model(decoding, None if lm is None or lm is False else os.fspath(lm))
             weight, reward = rewarded.ngram_weight, rewarded.length_reward
             config = replace(decoding, ngram_weight=weight, length_reward=reward)
             return Decoder(config, ngram, self._packed[decoding.precision])
 
-    def _ngram_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
+    def _ngram_model(self, decoding: DecodingConfig, lm: str | None) -> tuple[NgramModel | None, DecodingConfig]:
         """Return the results of fold_length_reward, from a cache if the language model and its weights are the last."""
 
-        def make() -> tuple[Tensor | None, DecodingConfig]:
-            table = load_ngram_table(lm, decoding, self.loaded, self.device, self._lm_option)
-            return beam.fold_length_reward(table, decoding, len(self.loaded.vocabulary), self.device)
+        def make() -> tuple[NgramModel | None, DecodingConfig]:
+            model = load_ngram_model(lm, decoding, self.loaded, self.device, self._lm_option)
+            return beam.fold_length_reward(model, decoding, len(self.loaded.vocabulary), self.device)
 
         path = find_lm(lm, self.loaded.path, self._lm_option) if decoding.ngram_weight else None
         if path is None:
@@ -338,7 +339,7 @@ class Recogniser:
         stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         key = (stamp, decoding.ngram_weight, decoding.length_reward)
         if self._ngram_cache is None or self._ngram_cache[0] != key:
-            self._ngram_cache = None  # frees its memory before the next table is allocated
+            self._ngram_cache = None  # frees its memory before the next model is allocated
             ngram, rewarded = make()
             self._ngram_cache = key, ngram, rewarded
         return self._ngram_cache[1:]

@@ -21,7 +21,7 @@ from las_fast.errors import InputError
 from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import progress
-from las_fast.search.ngram import load_ngram_table, with_default_weight
+from las_fast.search.ngram import load_ngram_model, with_default_weight
 from las_fast.system import choose_device, return_freed_memory
 
 if TYPE_CHECKING:  # importing torch would slow down --help
@@ -90,9 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     for point in settings:
         check_decoding(loaded.config, point)
     heaviest = max(settings, key=lambda point: point.ngram_weight)
-    ngram_table = load_ngram_table(options.lm, heaviest, loaded, device)
+    ngram = load_ngram_model(options.lm, heaviest, loaded, device)
     dataset = open_split(options, loaded)
-    texts = decode_grid(loaded, dataset, settings, ngram_table, device)
+    texts = decode_grid(loaded, dataset, settings, ngram, device)
     order, rows = rank(names, settings, [text or "" for text in dataset.texts], texts)
     print(f"{len(dataset)} utterances of {options.split}\n" + "\n".join("".join(map("{:>16}".format, r)) for r in rows))
     best = [f"--decoding.{name.replace('_', '-')} {value}" for name, value in zip(names, rows[1], strict=False)]
@@ -126,11 +126,11 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
 
 
 def decode_grid(
-    loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], ngram_table, device, backend: str = "auto"
+    loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], ngram, device, backend: str = "auto"
 ) -> list[list[str]]:
     """Decode a dataset with each of the settings, which all have the same precision.
 
-    For ngram_table see load_ngram_table, for backend see beam_search.
+    For ngram see load_ngram_model, for backend see beam_search.
 
     Returns:
         A list of texts, one per utterance, for each of the settings.
@@ -144,7 +144,7 @@ def decode_grid(
         for batch in batches_to_decode(dataset, loaded.vocabulary, settings[0]):
             memory = listen(loaded.model, batch.to(device), settings[0])
             for texts_of_point, point in zip(texts, settings, strict=True):
-                hypotheses = beam_search(loaded.model, memory, point, ngram=ngram_table, packed=packed, backend=backend)
+                hypotheses = beam_search(loaded.model, memory, point, ngram=ngram, packed=packed, backend=backend)
                 for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
                     texts_of_point[i] = loaded.vocabulary.decode(best.text_tokens)
                 bar.update(len(batch.indices))

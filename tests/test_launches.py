@@ -18,12 +18,14 @@ from toy_model import config
 
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model.las import LAS
-from las_fast.ops import Ctc, Ngram, backends, beam_topk
+from las_fast.ops import Ctc, Ngram, NgramModel, backends, beam_topk, table_model
 from las_fast.search import steps
 from las_fast.search.beam import fold_length_reward, length_limits
+from las_fast.text import SOS
 
 V, MAX_LAUNCHES = 31, 16
 MAX_LAUNCHES_WITH_CTC = 17
+BIGRAMS = table_model(torch.zeros(V, V), SOS)
 NO_LAUNCH = {  # views, and allocations and queries that need no kernel
     "_unsafe_view", "alias", "detach", "device", "empty_like", "expand", "slice", "split",
     "split_with_sizes", "t", "transpose", "unsqueeze", "view",
@@ -78,7 +80,7 @@ def trace_chunk(monkeypatch):
     monkeypatch.setattr(Tensor, "copy_", lambda x, other: torch.ops.aten.copy_.default(x, other))
     step = steps.step
 
-    def trace_chunk(kind: type[LAS] = LAS, ngram: Tensor | None = None, **fields) -> Trace:
+    def trace_chunk(kind: type[LAS] = LAS, ngram: NgramModel | None = None, **fields) -> Trace:
         speller = SpellerConfig(key_size=16, value_size=8, embedding_size=12, lstm_sizes=(24, 20))
         sizes = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), speller, ctc_layer=0)
         model = kind(sizes, input_size=4, vocabulary_size=V)
@@ -94,7 +96,8 @@ def trace_chunk(monkeypatch):
             inputs, beams = to_fake_cuda(inputs), to_fake_cuda(beams)
             beams = beams._replace(state=steps.stepping_model(one).start(inputs.memory, one.config.beam))
             with trace:
-                steps.advance(replace(one, ngram=to_fake_cuda(ngram)), inputs, beams)
+                moved = ngram and replace(ngram, rows=to_fake_cuda(ngram.rows), arcs=to_fake_cuda(ngram.arcs))
+                steps.advance(replace(one, ngram=moved), inputs, beams)
         assert len(trace.steps) == steps.STEPS_PER_CHUNK // 2  # of a short text on CUDA
         for before, after in zip(trace.steps, trace.steps[1:], strict=False):
             assert before == after, "two steps make different calls"
@@ -122,6 +125,12 @@ def test_with_ctc_a_step_launches_one_kernel_more(trace_chunk):
     assert "ctc_prefix_triton" not in trace_chunk().launches()
 
 
+def test_with_a_language_model_a_step_launches_one_kernel_more(trace_chunk):
+    launched = trace_chunk(ngram=BIGRAMS, ngram_weight=0.3).launches()
+    assert len(launched) <= MAX_LAUNCHES + 1 and launched.count("ngram_scores_triton") == 1, launched
+    assert "ngram_scores_triton" not in trace_chunk().launches()
+
+
 def test_besides_its_steps_a_chunk_only_stacks_and_computes_the_flag(trace_chunk):
     names = [name for name, *_ in trace_chunk().outside if name not in NO_LAUNCH]
     assert names == [*["stack"] * 4, "isneginf", "bitwise_or", "all"]
@@ -133,7 +142,7 @@ def test_besides_its_steps_a_chunk_only_stacks_and_computes_the_flag(trace_chunk
         {"beam": 1},
         {"coverage_weight": 0.1},
         {"minimum_share": 0.1, "eos_threshold": 1.5, "length_penalty": 1.0},
-        {"ngram": torch.zeros(V, V), "ngram_weight": 0.3},
+        {"ngram": BIGRAMS, "ngram_weight": 0.3},
         {"ctc_weight": 0.3},
         {"precision": "bf16"},
     ],
@@ -178,7 +187,7 @@ def test_beams_beyond_the_triton_op_copy_nothing_from_the_host():
             torch.zeros(B, K, V), torch.zeros(B, K), torch.zeros(B, K, dtype=torch.bool), eos=2,
             lengths=torch.zeros(B, K, dtype=torch.int64), minimum=torch.ones(B, dtype=torch.int64),
             maximum=torch.ones(B, dtype=torch.int64), eos_threshold=1.5, length_penalty=1.0, coverage=torch.zeros(B, K),
-            ngram=Ngram(torch.zeros(V, V), torch.zeros(B, K, dtype=torch.int64), 0.3),
+            ngram=Ngram(torch.zeros(B, K, V), 0.3),
             ctc=Ctc(torch.zeros(B, K, V), 0.3), backend="reference",
         )  # fmt: skip
     assert copies.names == []
@@ -189,7 +198,7 @@ def test_the_beams_before_the_first_step_copy_no_number_from_the_host():
     """A number written to a row is a fill on CUDA; written to one element, it is a copy from the host."""
     model = LAS(ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), ctc_layer=0), input_size=4, vocabulary_size=V)
     memory = model.eval().listen(torch.randn(3, 40, 4), torch.tensor([40, 30, 7]))
-    search = steps.Search(model, config(ctc_weight=0.3, coverage_weight=0.1), torch.zeros(V, V), "auto")
+    search = steps.Search(model, config(ctc_weight=0.3, coverage_weight=0.1), BIGRAMS, "auto")
     with HostCopies() as copies:
         fold_length_reward(None, config(length_reward=0.5), V, "cpu")
         steps.begin(search, memory, length_limits(memory.lengths, search.config))

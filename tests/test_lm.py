@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from automata import PlainAutomaton
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_checkpoints import MODEL, make_checkpoint
@@ -29,7 +30,6 @@ from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.lm import read_texts, train
 from las_fast.ops import backends
-from las_fast.ops.speller_search import first_ngram_state
 from las_fast.search import kneser_ney, ngram
 from las_fast.search.beam import beam_search, greedy_search
 from las_fast.search.kneser_ney import DEFAULT_DISCOUNTS, FORBIDDEN_LOG_PROB, encode_sentences, perplexity
@@ -91,10 +91,11 @@ def contexts_of(sentences, characters, longest):
     return sorted(seen | set(itertools.product(range(EOS, len(characters) + 3), repeat=min(longest, 2))))
 
 
-def padded(context, order):
-    """A state of the dense table for a context: the tokens before it do not matter if it begins a sentence."""
-    context = [*[SOS] * (order - 1), *context][-(order - 1) :] if order > 1 else []
-    return sum(token * V**i for i, token in enumerate(reversed(context)))
+def probabilities(automaton, context):
+    """The probabilities of all tokens after a context."""
+    begins = context[:1] == (SOS,)
+    state = automaton.after(context[1:], automaton.start) if begins else automaton.after(context)
+    return np.exp(automaton.log_probs(state).astype(np.float64))
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
@@ -102,13 +103,12 @@ def padded(context, order):
 def test_probabilities_equal_a_brute_force_model(order, copies, prune):
     generator = np.random.default_rng(order)
     more = ["".join(generator.choice(list(AB), generator.integers(1, 9))).strip() or "A" for _ in range(copies)]
-    table = train(TEXT + more, order=order, characters=AB, prune=prune).ngram_table()
+    automaton = PlainAutomaton(train(TEXT + more, order=order, characters=AB, prune=prune).automaton())
     p = brute_force(TEXT + more, AB, order, prune)
-    assert table.shape == (V ** (order - 1), V) and table.dtype == np.float32
     for context in contexts_of(TEXT + more, AB, order - 1):
         if len(context) == order - 1 or context[:1] == (SOS,):
             expected = [p(token, context) for token in range(V)]
-            assert np.exp(table[padded(context, order)]) == pytest.approx(expected, abs=1e-6), context
+            assert probabilities(automaton, context) == pytest.approx(expected, abs=1e-6), context
 
 
 def test_pruning_leaves_out_long_ngrams_only():
@@ -130,28 +130,31 @@ def test_discounts_follow_the_formulas_or_fall_back_to_defaults():
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("sentences", [TEXT, ["A"], []])
 def test_every_row_is_a_distribution_without_sos_and_pad(order, sentences):
-    table = train(sentences, order=order, characters=AB).ngram_table()
-    assert np.exp(table.astype(np.float64)).sum(1) == pytest.approx(np.ones(len(table)), abs=1e-5)
-    assert (table[:, [PAD, SOS]] == FORBIDDEN_LOG_PROB).all() and math.exp(FORBIDDEN_LOG_PROB) == 0.0
-    assert (table[:, EOS:] > FORBIDDEN_LOG_PROB).all() and np.isfinite(table).all()
+    automaton = PlainAutomaton(train(sentences, order=order, characters=AB).automaton())
+    for state in range(len(automaton.arcs)):
+        row = automaton.log_probs(state)
+        assert np.exp(row.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
+        assert (row[[PAD, SOS]] <= FORBIDDEN_LOG_PROB).all() and math.exp(FORBIDDEN_LOG_PROB) == 0.0
+        assert (row[EOS:] > FORBIDDEN_LOG_PROB).all() and np.isfinite(row).all()
 
 
 def test_a_model_without_text_is_uniform():
-    table = train([], order=3, characters=AB).ngram_table()
-    assert np.exp(table[:, EOS:]) == pytest.approx(np.full((V * V, V - 2), 1 / (V - 2)))
+    automaton = PlainAutomaton(train([], order=3, characters=AB).automaton())
+    for context in ((), (SOS,), (3, 4)):
+        assert probabilities(automaton, context)[EOS:] == pytest.approx(np.full(V - 2, 1 / (V - 2)))
 
 
 def test_an_unseen_context_backs_off_to_a_shorter_one():
-    table = train(["AAAA", "AB"], order=3, characters=AB).ngram_table()
+    automaton = PlainAutomaton(train(["AAAA", "AB"], order=3, characters=AB).automaton())
     a, b = Vocabulary(AB).encode("AB")
     p = brute_force(["AAAA", "AB"], AB, 3)
-    assert np.exp(table[b * V + a]) == pytest.approx([p(t, (a,), 2) for t in range(V)], abs=1e-6)
+    assert probabilities(automaton, (b, a)) == pytest.approx([p(t, (a,), 2) for t in range(V)], abs=1e-6)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_sentences_start_in_the_same_state_as_the_search(order):
-    table = train(["BA"] * 50, order=order, characters=AB).ngram_table()
-    first = np.exp(table[first_ngram_state(torch.from_numpy(table), SOS)])
+def test_sentences_start_in_the_start_state(order):
+    automaton = PlainAutomaton(train(["BA"] * 50, order=order, characters=AB).automaton())
+    first = probabilities(automaton, (SOS,))
     assert order == 1 or first[Vocabulary(AB).encode("B")[0]] > 0.9
 
 
@@ -220,7 +223,7 @@ def test_a_saved_model_loads_with_quantised_numbers(tmp_path, order, sentences):
             possible = exact[exact > FORBIDDEN_LOG_PROB]
             step = np.ptp(possible) / 255 if len(possible) else 0
             assert saved.dtype == np.float32 and np.abs(saved - exact).max(initial=0) <= step / 2 + 1e-5
-    assert (back.ngram_table()[:, [PAD, SOS]] == FORBIDDEN_LOG_PROB).all()
+    assert (back.levels[0].log_probs[[PAD, SOS]] == FORBIDDEN_LOG_PROB).all()
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
@@ -284,9 +287,13 @@ def test_a_file_of_counts_loads_as_the_model_that_it_always_was(tmp_path, order)
         share = sum(discounts[min(c, 3)] for c in followers.values()) / total
         return (times - discounts[min(times, 3)]) / total + share * p(token, context[1:], k - 1)
 
-    table = model.ngram_table()
-    for state, context in enumerate(itertools.product(range(V), repeat=order - 1)):
-        assert np.exp(table[state]) == pytest.approx([p(t, context, order) for t in range(V)], abs=1e-6), context
+    automaton = PlainAutomaton(model.automaton())
+    for length in range(order):
+        for tokens in itertools.product(range(EOS, V), repeat=length):
+            state = automaton.after(tokens, automaton.start if length < order - 1 else 0)
+            expected = [p(t, (*[SOS] * (order - 1 - length), *tokens), order) for t in range(V)]
+            actual = np.exp(automaton.log_probs(state).astype(np.float64))
+            assert actual == pytest.approx(expected, abs=1e-6), tokens
 
 
 def test_a_safetensors_file_without_metadata_is_refused_as_language_model(tmp_path):
@@ -345,6 +352,7 @@ TRIE_DAMAGE = {
     "log-probabilities of 16 bits": lambda t: t.update(log_probs=t["log_probs"].astype(np.uint16)),
     "back-offs as floats": lambda t: t.update(backoffs=t["backoffs"].astype(np.float32)),
     "scales that are not finite": lambda t: changed(t, "scales", (1, 0), np.nan),
+    "log-probabilities that are not finite": lambda t: changed(t, "scales", (1, slice(None)), 3e38),
     "fewer scales": lambda t: t.update(scales=t["scales"][:, :3]),
     "a missing unigram": lambda t: changed(t, "tokens", 2, 4 * 3),
     "a token beyond the vocabulary": lambda t: changed(t, "tokens", V, 4 * V),
@@ -423,18 +431,6 @@ def test_orders_range_from_1_to_12_and_numbers_of_63_bits():
         kneser_ney.check_order(8, 300)
     with pytest.raises(InputError, match="--order must be from 1 to 12; got 0"):
         train([], order=0)
-
-
-def test_a_table_may_take_half_the_memory(monkeypatch):
-    model = train(["AB"], order=5, characters="AB")
-    size = 4 * 5**5
-    for pages, fits in ((2 * size // 4, True), (2 * size // 4 - 1, False)):
-        monkeypatch.setattr(ngram.os, "sysconf", {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": pages}.get)
-        if fits:
-            assert len(model.ngram_table()) == 5**4
-        else:
-            with pytest.raises(InputError, match="of order 5 over 5 tokens needs a table of 0.0 GiB, .* lower order"):
-                model.ngram_table()
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
@@ -649,8 +645,8 @@ def searched(workspace, decoding, *, ngram=None, backend="auto", nbest=1):
     return beam_search(loaded.model, encoded, decoding, ngram=ngram, backend=backend, nbest=nbest)
 
 
-def table(workspace):
-    return torch.from_numpy(load_lm(workspace / "lm.safetensors").ngram_table())
+def model_of(workspace):
+    return load_lm(workspace / "lm.safetensors").automaton()
 
 
 @pytest.mark.skipif("cpp" not in HERE, reason=f"no C++ ops: {backends.EXTENSION_PROBLEM}")
@@ -658,9 +654,8 @@ def table(workspace):
 @pytest.mark.parametrize("beam", [1, 4])
 def test_reference_and_cpp_agree_with_a_language_model_and_a_reward(workspace, beam, weight):
     decoding = {"beam": beam, "ngram_weight": weight, "length_reward": 0.4}
-    actual = [
-        searched(workspace, decoding, ngram=table(workspace), backend=name, nbest=beam) for name in ("reference", "cpp")
-    ]
+    options = {"ngram": model_of(workspace), "nbest": beam}
+    actual = [searched(workspace, decoding, backend=name, **options) for name in ("reference", "cpp")]
     assert actual[0] != searched(workspace, {"beam": beam}, nbest=beam)
     for ours, theirs in zip(*(itertools.chain(*each) for each in actual), strict=True):
         assert ours.text_tokens == theirs.text_tokens and ours.score == pytest.approx(theirs.score, abs=1e-3)
@@ -671,7 +666,7 @@ def test_reference_and_cpp_agree_with_a_language_model_and_a_reward(workspace, b
 def test_a_length_reward_is_added_per_character_and_not_for_eos(weight, backend):
     """A beam that holds every possible text finds the same texts, with scores that differ by the reward."""
     many = memory([1, 5], [4, 3])
-    ngram = torch.from_numpy(train(["A", "AB", "BB"], order=3, characters="AB").ngram_table())
+    ngram = train(["A", "AB", "BB"], order=3, characters="AB").automaton()
     options = {"ngram": ngram if weight else None, "nbest": 64, "backend": backend}
     plain = beam_search(ToyModel(), many, config(beam=64, ngram_weight=weight), **options)
     rewarded = beam_search(ToyModel(), many, config(beam=64, ngram_weight=weight, length_reward=0.7), **options)
@@ -693,15 +688,17 @@ def test_a_negative_reward_shortens_texts_and_a_positive_one_lengthens_them():
 @pytest.mark.parametrize("backend", HERE)
 def test_a_beam_of_one_takes_the_best_sum_at_each_step(backend):
     model, weight = ToyModel(eos=1.0), 0.8
-    ngram = torch.from_numpy(train(["ABAB", "B"], order=2, characters="AB").ngram_table())
+    ngram = train(["ABAB", "B"], order=2, characters="AB").automaton()
+    automaton = PlainAutomaton(ngram)
     finished = 0
     for seed in range(6):
         one = memory([seed], [12])
-        state, token, text, total = model.start(one, 1), SOS, [], 0.0
+        state, token, text, total, context = model.start(one, 1), SOS, [], 0.0, ngram.start
         while token != EOS and len(text) < 12:
             logits, _, state = model.step(torch.tensor([[token]]), state, one)
-            step = logits.log_softmax(-1)[0, 0] + weight * ngram[token]
+            step = logits.log_softmax(-1)[0, 0] + weight * torch.from_numpy(automaton.log_probs(context))
             token, total = int(step.argmax()), total + float(step.max())
+            context = automaton.after([token], context)
             text += [token] if token != EOS else []
         ((actual,),) = beam_search(model, one, config(beam=1, ngram_weight=weight), ngram=ngram, backend=backend)
         assert actual.text_tokens == text and actual.finished == (token == EOS)
@@ -727,7 +724,7 @@ def make_text(folder, text):
 def test_a_language_model_comes_with_a_weight_that_can_be_changed(workspace, tmp_path):
     file = ["--lm", str(workspace / "lm.safetensors")]
     usual = decoded(workspace, tmp_path, *file)
-    expected = searched(workspace, {"beam": 4, "ngram_weight": ngram.DEFAULT_WEIGHT}, ngram=table(workspace))
+    expected = searched(workspace, {"beam": 4, "ngram_weight": ngram.DEFAULT_WEIGHT}, ngram=model_of(workspace))
     assert sorted(row["score"] for row in usual) == pytest.approx(sorted(h[0].score for h in expected), abs=1e-3)
     assert decoded(workspace, tmp_path, *file, "--decoding.ngram-weight", str(ngram.DEFAULT_WEIGHT)) == usual
     assert (

@@ -321,23 +321,23 @@ def test_the_language_model_can_be_the_checkpoints_another_or_none(workspace, ca
     assert recogniser.transcribe(workspace / "short.wav").text == texts["own"]  # after another language model was used
 
 
-def test_a_second_call_reuses_the_ngram_table_and_the_packed_weights(workspace, tmp_path, monkeypatch):
+def test_a_second_call_reuses_the_ngram_model_and_the_packed_weights(workspace, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(ngram.LanguageModel, "ngram_table", counted(ngram.LanguageModel.ngram_table, made, "table"))
+    monkeypatch.setattr(ngram.LanguageModel, "automaton", counted(ngram.LanguageModel.automaton, made, "model"))
     monkeypatch.setattr(beam, "speller_pack", counted(beam.speller_pack, made, "weights"))
     for name in ("untrained-20.safetensors", "untrained-20.lm.safetensors"):
         (tmp_path / name).write_bytes((workspace / "lm" / name).read_bytes())
     recogniser = las_fast.load(tmp_path / "untrained-20.safetensors", device="cpu")
     first = recogniser.transcribe(workspace / "short.wav")
     once = list(made)
-    assert once.count("table") == 1 and once.count("weights") <= 1  # 0 without the C++ search
+    assert once.count("model") == 1 and once.count("weights") <= 1  # 0 without the C++ search
     assert (
         recogniser.transcribe(workspace / "short.wav", lm=False) != first
         and recogniser.transcribe(workspace / "short.wav", beam=2).text
     )
     assert recogniser.transcribe(workspace / "short.wav") == first and made == once
     ngram.save_lm(tmp_path / "untrained-20.lm.safetensors", lm.train(["ZZ ZZ ZZZZ", "Z"], order=2))
-    assert recogniser.transcribe(workspace / "short.wav").text != first.text and made == [*once, "table"]
+    assert recogniser.transcribe(workspace / "short.wav").text != first.text and made == [*once, "model"]
 
 
 def counted(function, made, name):

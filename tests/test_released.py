@@ -15,7 +15,7 @@ from las_fast.ops import backends
 from las_fast.output.metrics import score
 from las_fast.search.beam import beam_search
 from las_fast.search.dataset import listen
-from las_fast.search.ngram import load_ngram_table
+from las_fast.search.ngram import load_ngram_model
 from las_fast.tune import decode_grid, open_split
 
 CPU_BACKENDS = [
@@ -50,9 +50,9 @@ def dev_of(name, shared):
 def test_a_released_model_has_the_scores_of_its_card(name, shared):
     loaded, data = dev_of(name, shared)
     settings = loaded.config.decoding
-    table = load_ngram_table(None, settings, loaded, "cpu")
+    ngram = load_ngram_model(None, settings, loaded, "cpu")
     greedy = replace(settings, beam=1, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
-    actual = [score(data.texts, texts).cer for texts in decode_grid(loaded, data, [greedy, settings], table, "cpu")]
+    actual = [score(data.texts, texts).cer for texts in decode_grid(loaded, data, [greedy, settings], ngram, "cpu")]
     card = (RELEASED / f"{name}.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?:greedy|beam)[^|]*\| ([\d.]+) / ", card, re.MULTILINE)
     # another processor rounds differently, which may swap two hypotheses of nearly equal score

@@ -523,7 +523,7 @@ def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(worksp
     path, table, calls = tmp_path / "text.arpa", torch.zeros(1, len(model.loaded.vocabulary)), []
     path.touch()
     monkeypatch.setattr(recogniser, "with_default_weight", lambda decoding, path: replace(decoding, ngram_weight=0.7))
-    monkeypatch.setattr(recogniser, "load_ngram_table", lambda *args: calls.append(args) or table)
+    monkeypatch.setattr(recogniser, "load_ngram_model", lambda *args: calls.append(args) or table)
     expected = replace(settings, beam=1, ngram_weight=0.7)
     assert model.settings(beam=1, lm=str(path)) == expected
     config, ngram, _ = model.decoder(expected, str(path))

@@ -27,8 +27,9 @@ from las_fast.data.batching import Batch
 from las_fast.model.layers import dropout_mask
 from las_fast.model.listener import BiLSTM
 from las_fast.model.speller import Speller
+from las_fast.ops import table_model
 from las_fast.search.beam import Hypothesis, beam_search
-from las_fast.text import EOS
+from las_fast.text import EOS, SOS
 from las_fast.training.validate import Validation, validate
 
 MODEL = "an4"  # the released model of the searches and of the validation
@@ -285,15 +286,16 @@ def search(name: str, device: str, quick: bool) -> Iterator[Comparison]:
     )
     torch.manual_seed(0)
     lengths = torch.tensor([90, 31] if quick else [240, 239, 201, 160, 100, 33, 5])
-    ngram_table = torch.log_softmax(torch.randn(loaded.model.vocabulary_size, loaded.model.vocabulary_size), -1)
+    V = loaded.model.vocabulary_size
+    bigrams = table_model(torch.log_softmax(torch.randn(V, V), -1), SOS)
     with torch.inference_mode():
         features = torch.randn(len(lengths), int(lengths.max()), loaded.model.input_size)
         memory = loaded.model.listen(features, lengths)
-    expected = beam_search(loaded.model, memory, config, ngram=ngram_table, backend="reference")
+    expected = beam_search(loaded.model, memory, config, ngram=bigrams, backend="reference")
     model, memory = loaded.model.to(device), tree_map_only(Tensor, lambda x: x.to(device), memory)
     shape = f"B{len(lengths)} K{config.beam} T{memory.keys.shape[1]}"
     for way, capture in WAYS[device].items():
-        actual = beam_search(model, memory, config, ngram=ngram_table.to(device), capture=capture)
+        actual = beam_search(model, memory, config, ngram=bigrams.to(device), capture=capture)
         yield from compare_hypotheses(f"search, {name}", actual, expected, shape, way)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.device import edit_distance
 from benchmarks.device.an4 import WITHOUT_DATA, data_of
@@ -19,9 +18,11 @@ from las_fast.checkpoint import Loaded, load_model
 from las_fast.config import DecodingConfig
 from las_fast.data.dataset import SpeechDataset, load_dataset
 from las_fast.data.layouts import open_corpus
+from las_fast.ops import NgramModel, table_model
 from las_fast.output.metrics import score
 from las_fast.search.beam import beam_search
 from las_fast.search.dataset import batches_to_decode, listen
+from las_fast.text import SOS
 
 MODEL = "an4"
 CPU_BEAM = 16  # the CPU takes too long for wider beams
@@ -113,16 +114,17 @@ def decode(way: Way, name: str, models: dict[str, Loaded], dev: SpeechDataset, t
     model, vocabulary = models[way.device].model, models[way.device].vocabulary
     settings = {"precision": "fp32", "ctc_weight": 0.0, **SETTINGS[name]}
     config: DecodingConfig = dataclasses.replace(models[way.device].config.decoding, **settings)
-    ngram_table = random_bigrams(len(vocabulary)).to(way.device)
+    bigrams = random_bigrams(len(vocabulary)).to(way.device)
     text_of = {}
     for batch in batches_to_decode(dev, vocabulary, config):
         memory = listen(model, batch.to(way.device), config)
-        hypotheses = beam_search(model, memory, config, ngram=ngram_table, capture=way.capture)
+        hypotheses = beam_search(model, memory, config, ngram=bigrams, capture=way.capture)
         texts_of_batch = [vocabulary.decode(best[0].text_tokens) for best in hypotheses]
         text_of.update(zip(batch.indices.tolist(), texts_of_batch, strict=True))
     texts[:] = [text_of[i] for i in range(len(dev))]
 
 
-def random_bigrams(V: int) -> Tensor:
-    """Return a random n-gram table (V, V) of log-probabilities."""
-    return torch.log_softmax(torch.randn(V, V, generator=torch.Generator().manual_seed(0)), -1)
+def random_bigrams(V: int) -> NgramModel:
+    """Return a model of random log-probabilities for each pair of tokens."""
+    table = torch.log_softmax(torch.randn(V, V, generator=torch.Generator().manual_seed(0)), -1)
+    return table_model(table, SOS)

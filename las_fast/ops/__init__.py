@@ -11,6 +11,7 @@ from las_fast.ops.ctc_loss import ctc_loss, ctc_token_times
 from las_fast.ops.ctc_prefix import CtcState, ctc_log_probabilities, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention
 from las_fast.ops.masks import padding_mask
+from las_fast.ops.ngram_scores import NgramModel, NgramScores, ngram_scores, ngram_start, table_model
 from las_fast.ops.speller import SpellerWeights
 from las_fast.ops.speller_search import Steps, speller_pack, speller_search
 from las_fast.ops.speller_unroll import speller_unroll
@@ -21,6 +22,8 @@ __all__ = [
     "Ctc",
     "CtcState",
     "Ngram",
+    "NgramModel",
+    "NgramScores",
     "SpellerWeights",
     "Steps",
     "beam_backtrack",
@@ -32,9 +35,12 @@ __all__ = [
     "ctc_prefix",
     "ctc_start",
     "masked_attention",
+    "ngram_scores",
+    "ngram_start",
     "padding_mask",
     "speller_pack",
     "speller_search",
     "speller_unroll",
+    "table_model",
     "ctc_token_times",
 ]

@@ -27,6 +27,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {
     "beam_topk": {"reference": None, "cpp": FLOAT32 + HALF, "triton": FLOAT32 + HALF},
     "beam_gather": {"reference": None, "cpp": None, "triton": None},
     "ctc_prefix": {"reference": None, "cpp": FLOAT32, "triton": FLOAT32},
+    "ngram_scores": {"reference": None, "cpp": None, "triton": None},
     "ctc_loss": {"reference": None, "cpp": FLOAT32, "triton": FLOAT32},
     "beam_backtrack": {"reference": None, "cpp": None, "triton": None},
     "speller_unroll": {"reference": None, "fused": None, "cpp": FLOAT32, "triton": FLOAT32},

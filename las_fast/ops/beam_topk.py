@@ -2,7 +2,7 @@
 
     model[k, v]     = log_softmax(logits[k])[v]
                       with CTC: (1 - ctc.weight) * log_softmax(logits[k])[v] + ctc.weight * ctc.next_log_probs[k, v]
-    step[k, v]      = model[k, v]; with an n-gram model + ngram.weight * ngram.log_probs[ngram.states[k], v]
+    step[k, v]      = model[k, v]; with an n-gram model + ngram.weight * ngram.log_probs[k, v]
     candidate[k, v] = scores[k] + step[k, v]; a finished beam has one candidate: eos at an unchanged score
     rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
 
@@ -22,14 +22,9 @@ MAX_BEAMS = 128  # a Triton program holds K * K candidates at once
 
 
 class Ngram(NamedTuple):
-    """An n-gram table (a dense character language model) and the state of each hypothesis in it.
+    """Log-probabilities of the continuations, from ngram_scores."""
 
-    A state is the last order-1 tokens as a number in base V, the newest token as the last digit: after token v, state s
-    becomes (s * V + v) mod V ** (order-1). Order 1 has only state 0.
-    """
-
-    log_probs: Tensor  # (V ** (order-1), V) float32, natural logarithms, of the next token in each state
-    states: Tensor  # (B, K) int64
+    log_probs: Tensor  # (B, K, V) float32; not NaN
     weight: float
 
 
@@ -48,7 +43,6 @@ class BeamStep(NamedTuple):
     parents: Tensor  # int64, the beam continued
     finished: Tensor  # bool
     lengths: Tensor  # int64 tokens, eos counted
-    ngram_states: Tensor | None  # int64; a finished beam keeps its state
 
 
 def beam_topk(
@@ -82,8 +76,7 @@ def beam_topk(
         eos_threshold:  eos is allowed only if its log-probability exceeds this factor times the best other one, both
                    from the logits alone; 0: always allowed.
         coverage:  (B, K) float32, finite; added to the rank of every candidate of a beam (Wu et al. 2016); None: 0.
-        ngram:     language model whose weighted log-probabilities are added to each step. A state outside the table
-                   raises RuntimeError on the CPU; Triton clamps it: a kernel cannot raise.
+        ngram:     language model whose weighted log-probabilities are added to each step.
         ctc:       CTC log-probabilities to interpolate with those of the logits.
         backend:   "auto", "reference", "triton" or "cpp".
 
@@ -94,13 +87,11 @@ def beam_topk(
     _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, ctc, eos)
     unsupported = {"triton": triton_problem(*logits.shape[1:])}
     chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype, unsupported)
-    table, states, weight = ngram or (None, None, 0.0)
     op: Any = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
-    options: tuple[Any, ...] = (eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states, weight)
+    options: tuple[Any, ...] = (eos, minimum, maximum, length_penalty, eos_threshold, coverage)
+    options += (None, 0.0) if ngram is None else (backends.detached(ngram.log_probs), ngram.weight)
     options += (None, 0.0) if ctc is None else (backends.detached(ctc.next_log_probs), ctc.weight)
-    results = op(backends.detached(logits), backends.detached(scores), finished, lengths, *options)
-    best: tuple[Any, ...] = (*results[:5], None if ngram is None else results[5])
-    return BeamStep(*best)
+    return BeamStep(*op(backends.detached(logits), backends.detached(scores), finished, lengths, *options))
 
 
 def triton_problem(K: int, V: int) -> str | None:
@@ -112,7 +103,7 @@ def triton_problem(K: int, V: int) -> str | None:
 
 def _reference(
     logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage,
-    ngram_table, ngram_states, ngram_weight, ctc_next_log_probs, ctc_weight,
+    ngram_log_probs, ngram_weight, ctc_next_log_probs, ctc_weight,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, K, V = logits.shape
     is_eos = torch.arange(V, device=logits.device) == eos
@@ -120,8 +111,8 @@ def _reference(
     if ctc_next_log_probs is not None:
         impossible = steps.isneginf()  # 0 * -inf would be NaN
         steps = ((1 - ctc_weight) * steps).masked_fill(impossible, -torch.inf) + ctc_weight * ctc_next_log_probs
-    if ngram_table is not None:
-        steps = steps + ngram_weight * ngram_table[ngram_states]
+    if ngram_log_probs is not None:
+        steps = steps + ngram_weight * ngram_log_probs
     # masked_fill_, not only_eos[eos] = 0.0: on CUDA that copies a number from the host, which a graph cannot capture.
     only_eos = torch.full((V,), -torch.inf, device=steps.device).masked_fill_(is_eos, 0.0)
     steps = torch.where(finished[..., None], only_eos, steps)
@@ -134,10 +125,7 @@ def _reference(
     tokens, parents = best % V, best // V
     ended = finished.gather(1, parents)
     new_lengths = lengths.gather(1, parents) + ~ended
-    if ngram_table is not None:
-        ngram_states = ngram_states.gather(1, parents)
-        ngram_states = torch.where(ended, ngram_states, (ngram_states * V + tokens) % ngram_table.shape[0])
-    return candidates.flatten(1).gather(1, best), tokens, parents, ended | (tokens == eos), new_lengths, ngram_states
+    return candidates.flatten(1).gather(1, best), tokens, parents, ended | (tokens == eos), new_lengths
 
 
 def _log_probabilities(logits, lengths, eos, is_eos, minimum, maximum, eos_threshold) -> Tensor:
@@ -166,8 +154,7 @@ def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram,
     expected += [("lengths", lengths, (B, K), torch.int64), ("coverage", coverage, (B, K), torch.float32)]
     expected += [("minimum", minimum, (B,), torch.int64), ("maximum", maximum, (B,), torch.int64)]
     if ngram is not None:
-        expected += [("ngram.states", ngram.states, (B, K), torch.int64)]
-        expected += [("ngram.log_probs", ngram.log_probs, (_required_rows(ngram.log_probs, V), V), torch.float32)]
+        expected += [("ngram.log_probs", ngram.log_probs, (B, K, V), torch.float32)]
     if ctc is not None:
         expected += [("ctc.next_log_probs", ctc.next_log_probs, (B, K, V), torch.float32)]
         if not 0 <= ctc.weight <= 1:
@@ -183,28 +170,20 @@ def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram,
         raise ValueError(f"eos must be a token from 0 to {V - 1}; got {eos}")
 
 
-def _required_rows(table: Tensor, V: int) -> int:
-    """Return the number of rows that the table must have: its row count, rounded up to a power of V."""
-    rows = 1
-    while rows < table.shape[0] and V > 1:
-        rows *= V
-    return rows
-
-
 def _fake(
     logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage,
-    ngram_table, ngram_states, ngram_weight, ctc_next_log_probs, ctc_weight,
+    ngram_log_probs, ngram_weight, ctc_next_log_probs, ctc_weight,
 ):  # fmt: skip
     new = [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.float32, torch.int64, torch.int64)]
     new += [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.bool, torch.int64)]
-    return *new, scores.new_empty((0, 0) if ngram_table is None else scores.shape, dtype=torch.int64)
+    return tuple(new)
 
 
 backends.register(
     "beam_topk",
     "(Tensor logits, Tensor scores, Tensor finished, Tensor lengths, int eos, Tensor? minimum, Tensor? maximum,"
-    " float length_penalty, float eos_threshold, Tensor? coverage, Tensor? ngram_table, Tensor? ngram_states,"
-    " float ngram_weight, Tensor? ctc_next_log_probs, float ctc_weight)"
-    " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths, Tensor ngram_states)",
+    " float length_penalty, float eos_threshold, Tensor? coverage, Tensor? ngram_log_probs, float ngram_weight,"
+    " Tensor? ctc_next_log_probs, float ctc_weight)"
+    " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths)",
     _fake,
 )

@@ -7,7 +7,8 @@ At each step, for every beam of every utterance (las_fast.model.speller is the s
     cell_i    = sigmoid(f) * cell_i + sigmoid(i) * tanh(g);   hidden_i = sigmoid(o) * tanh(cell_i)
     context   = attention of query(hidden_last) over keys and values    see masked_attention
     logits    = embedding . gelu(project([hidden_last, context])) + bias
-    beams     = beam_topk of the logits, with CTC also of ctc_prefix; states are gathered by parents
+    beams     = beam_topk of the logits, with CTC also of ctc_prefix, with an n-gram model also of ngram_scores; states
+                are gathered by parents
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from las_fast.ops.beam_gather import beam_gather
 from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
 from las_fast.ops.ctc_prefix import CtcState, ctc_prefix, ctc_start
 from las_fast.ops.masks import padding_mask
+from las_fast.ops.ngram_scores import NgramModel, NgramScores, ngram_scores, ngram_start
 from las_fast.ops.speller import SpellerWeights, State, check_memory, initial_state, step
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -48,7 +50,7 @@ class Options(NamedTuple):
     length_penalty: float
     eos_threshold: float
     coverage_weight: float
-    ngram_table: Tensor | None
+    ngram: NgramModel | None
     ngram_weight: float
     ctc_log_probs: Tensor | None = None
     ctc_weight: float = 0.0
@@ -69,7 +71,7 @@ def speller_search(
     length_penalty: float = 0.0,
     eos_threshold: float = 0.0,
     coverage_weight: float = 0.0,
-    ngram_table: Tensor | None = None,
+    ngram: NgramModel | None = None,
     ngram_weight: float = 0.0,
     ctc_log_probs: Tensor | None = None,
     ctc_weight: float = 0.0,
@@ -92,7 +94,8 @@ def speller_search(
         maximum: (B,) int64 tokens at which an unfinished beam must take eos.
         minimum, length_penalty, eos_threshold: as in beam_topk.
         coverage_weight: factor on `coverage`, which is added to the ranks of a beam; 0: none.
-        ngram_table, ngram_weight: language model as in beam_topk's Ngram; its first context is sos repeated.
+        ngram:   language model, see ngram_scores.
+        ngram_weight: as in beam_topk's Ngram.
         ctc_log_probs: (B, T', V) float32 from ctc_log_probabilities, for CTC prefix scores (float32 in every
             precision); None: no CTC.
         ctc_weight: as in beam_topk's Ctc; with 0, ctc_log_probs is not read.
@@ -108,7 +111,7 @@ def speller_search(
         RuntimeError: the named backend is not available here; in C++, a value is out of range or `packed` does not fit.
     """
     options = Options(
-        beam, sos, eos, minimum, maximum, length_penalty, eos_threshold, coverage_weight, ngram_table, ngram_weight,
+        beam, sos, eos, minimum, maximum, length_penalty, eos_threshold, coverage_weight, ngram, ngram_weight,
         ctc_log_probs, ctc_weight,
     )  # fmt: skip
     _check(weights, keys, values, lengths, options, precision)
@@ -116,7 +119,9 @@ def speller_search(
         options = options._replace(ctc_log_probs=None)  # 0 * -inf would be NaN
     if backends.choose("speller_search", backend, keys.device, keys.dtype) == "reference":
         return _reference(weights, keys, values, lengths, options, int8=precision == "int8")
-    steps = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *options, precision, packed)
+    model = (None, None, 0, 0) if ngram is None else (ngram.rows, ngram.arcs, ngram.order, ngram.start)
+    flat = (*options[: Options._fields.index("ngram")], *model, *options[Options._fields.index("ngram_weight") :])
+    steps = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *flat, precision, packed)
     return Steps(*steps)
 
 
@@ -153,7 +158,7 @@ class _Beams(NamedTuple):
     scores: Tensor
     finished: Tensor
     lengths: Tensor
-    ngram_states: Tensor | None
+    ngram: NgramScores | None
     ctc: CtcState | None
 
 
@@ -166,8 +171,8 @@ def _reference(weights: SpellerWeights, keys, values, lengths, options: Options,
         logits, attended, peaks, state = step(weights, keys, values, lengths, beams.tokens, state, int8=int8)
         attention = torch.where(beams.finished[..., None], attention, attention + attended)
         best = _prune(logits, beams, options.coverage_weight * coverage(attention, lengths), options)
-        ctc = _advance_ctc(beams, best, options)
-        beams = _Beams(best.tokens, best.scores, best.finished, best.lengths, best.ngram_states, ctc)
+        ngram, ctc = _advance_ngram(beams, best, options), _advance_ctc(beams, best, options)
+        beams = _Beams(best.tokens, best.scores, best.finished, best.lengths, ngram, ctc)
         states = (*state.hidden, *state.cell, state.context, attention)
         gathered = beam_gather(states, best.parents, backend="reference")
         n = len(state.hidden)
@@ -181,9 +186,9 @@ def _begin(weights: SpellerWeights, keys: Tensor, values: Tensor, options: Optio
     scores = keys.new_full((B, K), -torch.inf)
     scores[:, 0] = 0.0  # the other beams do not exist yet
     integers = torch.zeros(B, K, dtype=torch.int64, device=keys.device)
-    states = None if options.ngram_table is None else integers + first_ngram_state(options.ngram_table, options.sos)
+    ngram = None if options.ngram is None else ngram_start(options.ngram, B, K, backend="reference")
     ctc = None if options.ctc_log_probs is None else ctc_start(options.ctc_log_probs, K, eos=options.eos)
-    beams = _Beams(integers + options.sos, scores, integers.bool(), integers, states, ctc)
+    beams = _Beams(integers + options.sos, scores, integers.bool(), integers, ngram, ctc)
     return beams, initial_state(weights, values, K)
 
 
@@ -196,16 +201,7 @@ def coverage(attention: Tensor, lengths: Tensor) -> Tensor:
     return attention.clamp(COVERAGE_FLOOR, 1.0).log().sum(-1) / lengths.clamp(min=1).unsqueeze(-1)
 
 
-def first_ngram_state(ngram_table: Tensor, sos: int) -> int:
-    """Return the n-gram state before the first token, sos repeated, for a table (V ** (order-1), V)."""
-    states, V = ngram_table.shape
-    return sos * (states - 1) // (V - 1) if V > 1 else 0
-
-
 def _prune(logits: Tensor, beams: _Beams, coverage_bonus: Tensor, options: Options) -> BeamStep:
-    ngram = None
-    if options.ngram_table is not None and beams.ngram_states is not None:
-        ngram = Ngram(options.ngram_table, beams.ngram_states, options.ngram_weight)
     return beam_topk(
         logits,
         beams.scores,
@@ -217,10 +213,17 @@ def _prune(logits: Tensor, beams: _Beams, coverage_bonus: Tensor, options: Optio
         length_penalty=options.length_penalty,
         eos_threshold=options.eos_threshold,
         coverage=coverage_bonus if options.coverage_weight else None,
-        ngram=ngram,
+        ngram=None if beams.ngram is None else Ngram(beams.ngram.log_probs, options.ngram_weight),
         ctc=None if beams.ctc is None else Ctc(beams.ctc.next_log_probs, options.ctc_weight),
         backend="reference",
     )
+
+
+def _advance_ngram(before: _Beams, best: BeamStep, options: Options) -> NgramScores | None:
+    if before.ngram is None or options.ngram is None:
+        return None
+    step = {"parents": best.parents, "tokens": best.tokens}
+    return ngram_scores(options.ngram, before.ngram.states, **step, backend="reference")
 
 
 def _advance_ctc(before: _Beams, best: BeamStep, options: Options) -> CtcState | None:
@@ -254,9 +257,9 @@ def _check_options(options: Options, B: int, V: int) -> None:
     for name, token in (("sos", options.sos), ("eos", options.eos)):
         if not 0 <= token < V:
             raise ValueError(f"{name} must be a token from 0 to {V - 1}; got {token}")
-    table, log_probs = options.ngram_table, options.ctc_log_probs
-    if table is not None and (table.ndim != 2 or table.shape[1] != V or table.dtype != torch.float32):
-        raise ValueError(f"ngram_table must be ({V} ** n, {V}) float32; got {tuple(table.shape)} {table.dtype}")
+    ngram, log_probs = options.ngram, options.ctc_log_probs
+    if ngram is not None and ngram.vocabulary_size != V:
+        raise ValueError(f"ngram must be a model of {V} tokens; got one of {ngram.vocabulary_size}")
     if log_probs is not None and (
         log_probs.ndim != 3 or (log_probs.shape[0], log_probs.shape[2]) != (B, V) or log_probs.dtype != torch.float32
     ):
@@ -278,8 +281,9 @@ def _fake_pack(weights, precision):
 backends.register(
     "speller_search",
     "(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos, Tensor? minimum,"
-    " Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight, Tensor? ngram_table,"
-    " float ngram_weight, Tensor? ctc_log_probs, float ctc_weight, str precision, Tensor? packed)"
+    " Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight, Tensor? ngram_rows,"
+    " Tensor? ngram_arcs, int ngram_order, int ngram_start, float ngram_weight,"
+    " Tensor? ctc_log_probs, float ctc_weight, str precision, Tensor? packed)"
     " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor attended_frames)",
     _fake,
 )

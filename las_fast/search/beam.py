@@ -20,7 +20,7 @@ from torch import Tensor
 from las_fast.config import NEEDS_CTC_HEAD, DecodingConfig
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
-from las_fast.ops import Steps, beam_backtrack, speller_pack
+from las_fast.ops import NgramModel, Steps, beam_backtrack, speller_pack, table_model
 from las_fast.output.transcripts import Word
 from las_fast.search.cuda_graph import can_capture, search_by_graph
 from las_fast.search.native import is_native, native_precision, search_natively
@@ -54,7 +54,7 @@ def beam_search(
     config: DecodingConfig,
     *,
     nbest: int = 1,
-    ngram: Tensor | None = None,
+    ngram: NgramModel | None = None,
     packed: Tensor | None = None,
     backend: str = "auto",
     capture: bool | None = None,
@@ -75,7 +75,7 @@ def beam_search(
             (B, T', V), whose blank is <pad>, and ctc_lengths (B,).
         config:  beam, length limits, penalties and weights.
         nbest:   hypotheses to return per utterance; there are at most config.beam.
-        ngram:   n-gram table as in las_fast.ops.Ngram, on the device; its weight is config.ngram_weight.
+        ngram:   n-gram model, on the device; its weight is config.ngram_weight.
         packed:  from packed_weights, for this config and backend, with the model's weights unchanged since; None: the
             C++ search packs them itself.
         backend: passed to the ops.
@@ -87,7 +87,7 @@ def beam_search(
         utterance is empty with score -inf.
 
     Raises:
-        InputError: config.ngram_weight without an n-gram table, config.ctc_weight without a CTC head, precision int8
+        InputError: config.ngram_weight without an n-gram model, config.ctc_weight without a CTC head, precision int8
             where the C++ search is not used, or bf16 for a model that is not a LAS.
     """
     ngram, config = fold_length_reward(ngram, config, model.vocabulary_size, memory.lengths.device)
@@ -112,23 +112,23 @@ def packed_weights(model, config: DecodingConfig, device: str | torch.device, ba
 
 
 def fold_length_reward(
-    ngram: Tensor | None, config: DecodingConfig, V: int, device
-) -> tuple[Tensor | None, DecodingConfig]:
-    """Fold config.length_reward into the n-gram table; return the table and the settings to use with it.
+    ngram: NgramModel | None, config: DecodingConfig, V: int, device
+) -> tuple[NgramModel | None, DecodingConfig]:
+    """Fold config.length_reward into the n-gram model; return the model and the settings to use with it.
 
     weight * (log-probability + length_reward / weight) adds the reward to every token but <eos>. Without an n-gram
-    table, the result is a table of order 1 that holds only the reward. beam_search does this itself, but doing it once
-    is cheaper when many batches are searched. Raises InputError for config.ngram_weight without an n-gram table.
+    model, the result is a model of order 1 that holds only the reward. beam_search does this itself, but doing it once
+    is cheaper when many batches are searched. Raises InputError for config.ngram_weight without an n-gram model.
     """
     if config.ngram_weight and ngram is None:
         raise InputError("decoding.ngram_weight needs an n-gram model, but there is none; pass ngram, or set it to 0")
     if not config.length_reward:
         return ngram, config
     if ngram is None or not config.ngram_weight:
-        ngram, config = torch.zeros(1, V, device=device), dataclasses.replace(config, ngram_weight=1.0)
-    is_eos = torch.arange(V, device=device) == EOS
-    reward = torch.full((V,), config.length_reward / config.ngram_weight, device=device)
-    return ngram + reward.masked_fill(is_eos, 0.0), dataclasses.replace(config, length_reward=0.0)
+        ngram = table_model(torch.zeros(1, V, device=device), SOS)
+        config = dataclasses.replace(config, ngram_weight=1.0)
+    ngram = ngram.add_to_all_but(EOS, config.length_reward / config.ngram_weight)
+    return ngram, dataclasses.replace(config, length_reward=0.0)
 
 
 def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:

@@ -41,7 +41,8 @@ def can_capture(search: Search, memory) -> bool:
     problems = {"beam_topk": too_many_candidates(search.config.beam, search.model.vocabulary_size)}
     if isinstance(memory, Memory):
         problems["masked_attention"] = too_wide(memory.keys, memory.keys, memory.values)
-    ops = ("masked_attention", "beam_topk", "beam_gather", *(["ctc_prefix"] if search.config.ctc_weight else []))
+    optional = {"ctc_prefix": search.config.ctc_weight, "ngram_scores": search.ngram}
+    ops = ("masked_attention", "beam_topk", "beam_gather", *(op for op, used in optional.items() if used))
     return all(
         backends.choose(op, search.backend, device, unsupported={"triton": problems.get(op)}) == "triton" for op in ops
     )
@@ -54,7 +55,7 @@ def search_by_graph(search: Search, memory, limits: Limits) -> Steps:
     added = memory.lengths.shape[0] - B
     inputs, beams = begin(search, memory, Limits(*(F.pad(x, (0, added)) for x in limits)))
     beams.finished[B:] = True  # utterances added as padding have ended, so their limits have no effect
-    # The graph reads the n-gram table in place. The key keeps the table alive as long as the graph.
+    # The graph reads the n-gram model in place. The key keeps the model alive as long as the graph.
     settings = (search.config, search.ngram, search.backend, torch.backends.cuda.matmul.fp32_precision)
     with graphed_chunks(search.model, settings, partial(advance, search), inputs, beams) as chunks:
         steps = run_chunks(chunks, max_chunks(search, memory), chunks_in_flight(memory))

@@ -18,7 +18,7 @@ from las_fast.config import DecodingConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
 from las_fast.errors import InputError, is_out_of_memory
 from las_fast.model.attention import Memory
-from las_fast.ops import ctc_loss
+from las_fast.ops import NgramModel, ctc_loss
 from las_fast.progress import Progress
 from las_fast.search.beam import Hypothesis, beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import clear_graphs
@@ -50,7 +50,7 @@ def decode_dataset(
     config: DecodingConfig,
     *,
     nbest: int = 1,
-    ngram: Tensor | None = None,
+    ngram: NgramModel | None = None,
     packed: Tensor | None = None,
     speech_scores: bool = False,
     words: WordFinder | None = None,

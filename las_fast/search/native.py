@@ -45,7 +45,7 @@ def search_natively(search: Search, memory, limits: Limits) -> Steps:
         length_penalty=config.length_penalty,
         eos_threshold=config.eos_threshold,
         coverage_weight=config.coverage_weight,
-        ngram_table=search.ngram,
+        ngram=search.ngram,
         ngram_weight=config.ngram_weight,
         ctc_log_probs=ctc_log_probs(config, memory),
         ctc_weight=config.ctc_weight,

@@ -1,4 +1,4 @@
-"""A character n-gram model: its file, and the table that the beam search looks up.
+"""A character n-gram model: its file, and the automaton that the beam search follows.
 
 A file is in safetensors. Format 2, which save_lm writes, holds the n-grams of all orders as a trie, order by order,
 each order ascending. With N n-grams and M contexts of orders 2 and above:
@@ -27,6 +27,7 @@ import numpy as np
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
 from las_fast.files import safetensors_format, utf8_path
+from las_fast.search.automaton import build_automaton
 from las_fast.search.kneser_ney import (
     FORBIDDEN_LOG_PROB,
     MAX_ORDER,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     import torch
 
     from las_fast.checkpoint import Loaded
+    from las_fast.ops import NgramModel
 
 FORMAT = "las_fast lm 2"
 COUNTS_FORMAT = "las_fast lm 1"
@@ -65,30 +67,9 @@ class LanguageModel:
         """The number of n-grams of all orders."""
         return sum(len(level.ngrams) for level in self.levels)
 
-    def ngram_table(self) -> np.ndarray:
-        """Return (V ** (order-1), V) float32 log-probabilities, as las_fast.ops.Ngram takes them.
-
-        <pad> and <sos> have FORBIDDEN_LOG_PROB. Raises InputError if the table takes over half of the memory here.
-        """
-        V = len(Vocabulary(self.characters))
-        _check_table(self.order, V)
-        table = self.levels[0].log_probs[None].copy()
-        for level in self.levels[1:]:
-            table = np.tile(table, (V, 1))
-            table[level.contexts] += level.backoffs[:, None]
-            table.ravel()[level.ngrams] = level.log_probs
-        table[:, [PAD, SOS]] = FORBIDDEN_LOG_PROB
-        return table
-
-
-def _check_table(order: int, V: int) -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    size = 4 * V**order
-    if 2 * size > memory:
-        raise InputError(
-            f"a language model of order {order} over {V} tokens needs a table of {size / 2**30:.1f} GiB, and this "
-            f"machine has {memory / 2**30:.1f} GiB of memory; use a model of a lower order"
-        )
+    def automaton(self) -> NgramModel:
+        """Return the model as the search follows it, on the CPU."""
+        return build_automaton(self.levels, len(Vocabulary(self.characters)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -218,19 +199,26 @@ def _read_trie(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
     for k, (size, scale) in enumerate(zip(sizes.tolist(), scales, strict=True), 1):
         part = nodes[end : end + size].astype(np.int64)
         ngrams = _ngrams_of_nodes(part, contexts, V, first=0 if k == 1 else SOS + 1)
-        values = scale[0] + scale[1] * log_probs[end : end + size].astype(np.float32)
+        values = _dequantise(log_probs[end : end + size], *scale[:2])
         weights = np.zeros(1, np.float32)
         if k == 1:
             _require(np.array_equal(ngrams, np.arange(V)))
             values[[PAD, SOS]] = FORBIDDEN_LOG_PROB
         else:
             _require(find(levels[-1].ngrams, ngrams % V ** (k - 1))[0].all() and used + len(contexts) <= len(backoffs))
-            weights = scale[2] + scale[3] * backoffs[used : used + len(contexts)].astype(np.float32)
+            weights = _dequantise(backoffs[used : used + len(contexts)], *scale[2:])
             used += len(contexts)
         levels.append(Level(ngrams, values, contexts, weights))
         contexts, end = ngrams[part & 2 != 0], end + size
     _require(not len(contexts) and used == len(backoffs))
     return tuple(levels)
+
+
+def _dequantise(codes: np.ndarray, low: np.float32, step: np.float32) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        values = low + step * codes.astype(np.float32)
+    _require(np.isfinite(values).all())
+    return values
 
 
 def _ngrams_of_nodes(nodes: np.ndarray, contexts: np.ndarray, V: int, *, first: int) -> np.ndarray:
@@ -251,23 +239,21 @@ def with_default_weight(decoding: DecodingConfig, lm: str | os.PathLike[str] | N
     return replace(decoding, ngram_weight=DEFAULT_WEIGHT) if lm and not decoding.ngram_weight else decoding
 
 
-def load_ngram_table(
+def load_ngram_model(
     lm: str | None, decoding: DecodingConfig, loaded: Loaded, device: torch.device | str, option: str = "--lm "
-) -> torch.Tensor | None:
-    """Load the n-gram table of the language model `lm`, or by default of the checkpoint's; None if ngram_weight is 0.
+) -> NgramModel | None:
+    """Load the language model `lm`, or by default the checkpoint's, for the search; None if ngram_weight is 0.
 
     Args:
         lm:       file or name, see find_lm.
         decoding: settings; only ngram_weight is read.
         loaded:   the checkpoint.
-        device:   of the table.
+        device:   of the search.
         option:   text before the name in errors.
 
     Raises:
         InputError: a weight without a model, a model without a weight, or a model with other characters.
     """
-    import torch
-
     if not decoding.ngram_weight:
         if lm:
             raise InputError(f"{option}{lm} has no effect while decoding.ngram_weight is 0; leave one of them out")
@@ -284,7 +270,7 @@ def load_ngram_table(
             f"{path} has the characters {model.characters!r}, but checkpoint {loaded.path} has "
             f"{loaded.vocabulary.characters!r}; train a language model with the checkpoint's --characters"
         )
-    return torch.from_numpy(model.ngram_table()).to(device)
+    return model.automaton().to(device)
 
 
 def lm_path_for(checkpoint: Path) -> Path:

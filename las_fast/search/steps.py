@@ -26,14 +26,18 @@ from las_fast.ops import (
     Ctc,
     CtcState,
     Ngram,
+    NgramModel,
+    NgramScores,
     Steps,
     beam_gather,
     beam_topk,
     ctc_log_probabilities,
     ctc_prefix,
     ctc_start,
+    ngram_scores,
+    ngram_start,
 )
-from las_fast.ops.speller_search import coverage, first_ngram_state
+from las_fast.ops.speller_search import coverage
 from las_fast.search.bf16 import Bf16Steps
 from las_fast.text import EOS, SOS
 
@@ -47,7 +51,7 @@ class Search:
 
     model: Any  # see beam_search
     config: DecodingConfig
-    ngram: Tensor | None  # n-gram table, see las_fast.ops.Ngram
+    ngram: NgramModel | None
     backend: str  # passed to the ops
     packed: Tensor | None = None  # weights packed for the native search, see packed_weights
 
@@ -74,7 +78,7 @@ class Beams(NamedTuple):
     scores: Tensor  # (B, K) float32
     finished: Tensor  # (B, K) bool
     lengths: Tensor  # (B, K) int64 tokens, <eos> counted
-    ngram_states: Tensor | None  # (B, K) int64
+    ngram: NgramScores | None
     attention: Tensor | None  # (B, K, T) float32 weight of each frame, summed over tokens; 1 past the length
     ctc: CtcState | None
     state: Any  # of the model
@@ -109,13 +113,13 @@ def begin(search: Search, memory, limits: Limits) -> tuple[Inputs, Beams]:
     if search.config.coverage_weight:
         # Padding counts as covered. Uncovered, it would add a large constant to the ranks and cost them precision.
         attention = memory.padding[:, None].expand(-1, K, -1).float()
-    ngram_states = None if search.ngram is None else zeros + first_ngram_state(search.ngram, SOS)
+    ngram = None if search.ngram is None else ngram_start(search.ngram, B, K, backend=search.backend)
     finished, state = torch.zeros_like(zeros, dtype=torch.bool), stepping_model(search).start(memory, K)
     log_probs = ctc_log_probs(search.config, memory)
     ctc = None if log_probs is None else ctc_start(log_probs, K, eos=EOS)
     if isinstance(memory, Memory):
         memory = memory._replace(ctc_logits=None, ctc_lengths=None)  # no step reads them, and a graph would copy them
-    beams = Beams(zeros + SOS, scores, finished, zeros, ngram_states, attention, ctc, state)
+    beams = Beams(zeros + SOS, scores, finished, zeros, ngram, attention, ctc, state)
     return Inputs(memory, limits, log_probs), beams
 
 
@@ -139,7 +143,7 @@ def advance(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, tuple[
 def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
     """Take one step; the tensors of Steps are (B, K)."""
     config, backend, attention, ctc = search.config, search.backend, beams.attention, beams.ctc
-    (memory, limits, log_probs), states = inputs, beams.ngram_states
+    (memory, limits, log_probs), ngram = inputs, beams.ngram
     logits, attended, state = stepping_model(search).step(
         beams.tokens, beams.state, memory, weights=attention is not None, backend=backend
     )
@@ -156,7 +160,7 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
         length_penalty=config.length_penalty,
         eos_threshold=config.eos_threshold,
         coverage=None if attention is None else config.coverage_weight * coverage(attention, memory.lengths),
-        ngram=None if search.ngram is None or states is None else Ngram(search.ngram, states, config.ngram_weight),
+        ngram=None if ngram is None else Ngram(ngram.log_probs, config.ngram_weight),
         ctc=None if ctc is None else Ctc(ctc.next_log_probs, config.ctc_weight),
         backend=backend,
     )
@@ -164,8 +168,10 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
         (attention,) = beam_gather((attention,), best.parents, backend=backend)
     if ctc is not None and log_probs is not None:
         ctc = ctc_prefix(log_probs, ctc, beams.tokens, best.parents, best.tokens, eos=EOS, backend=backend)
+    if ngram is not None and search.ngram is not None:
+        ngram = ngram_scores(search.ngram, ngram.states, parents=best.parents, tokens=best.tokens, backend=backend)
     state = state.gather(best.parents, backend=backend)
-    after = Beams(best.tokens, best.scores, best.finished, best.lengths, best.ngram_states, attention, ctc, state)
+    after = Beams(best.tokens, best.scores, best.finished, best.lengths, ngram, attention, ctc, state)
     return after, Steps(best.tokens, best.parents, best.scores, attended.peaks)
 
 

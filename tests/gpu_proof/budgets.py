@@ -66,15 +66,15 @@ def differentiate(B=32, K=1, T=400, D=256, E=256, dtype=BF16, weights=False, mem
         launch(context, attended if weights else None, *inputs, *outputs, D**-0.5, memory)
 
 
-def prune(B=64, K=8, V=31, dtype=FP32, order=None, length_penalty=0.0, eos_threshold=0.0, limits=True,
+def prune(B=64, K=8, V=31, dtype=FP32, ngram=False, length_penalty=0.0, eos_threshold=0.0, limits=True,
           ctc=False):  # fmt: skip
     """One pruning step of a search over characters or word pieces."""
     logits, scores = torch.zeros(B, K, V, dtype=dtype), torch.zeros(B, K)
     lengths = torch.zeros(B, K, dtype=torch.int64)
     limit = torch.zeros(B, dtype=torch.int64) if limits else None
-    table, states = (None, None) if order is None else (torch.zeros(V ** (order - 1), V), lengths)
+    ngram_log_probs = torch.zeros(B, K, V) if ngram else None
     next_log_probs = torch.zeros(B, K, V) if ctc else None
-    options = (2, limit, limit, length_penalty, eos_threshold, None, table, states, 0.3, next_log_probs, 0.3)
+    options = (2, limit, limit, length_penalty, eos_threshold, None, ngram_log_probs, 0.3, next_log_probs, 0.3)
     launcher("beam_topk")(logits, scores, lengths.bool(), lengths, *options)
 
 
@@ -89,6 +89,12 @@ def prefix(B=64, K=8, T=400, V=31):
     rows = torch.zeros(B, K, dtype=torch.int64)
     states = torch.zeros(B, K, T + 1), torch.zeros(B, K), torch.zeros(B, K, V)
     launcher("ctc_prefix")(torch.zeros(B, T, V), *states, rows, rows, rows, 2)
+
+
+def score_ngrams(B=64, K=8, V=31, order=10):
+    """One step of an n-gram model of a search over characters or word pieces."""
+    rows, arcs = (torch.zeros(size, dtype=torch.int32) for size in ((100, 2 * -(-V // 32) + 2), (100, 2)))
+    launcher("ngram_scores")(rows, arcs, V, order, *[torch.zeros(B, K, dtype=torch.int64)] * 3)
 
 
 def align(B=4, T=645, V=31, S=188):
@@ -155,7 +161,7 @@ VARIANTS = [
             ("characters", (), {}),
             ("characters-half", (), {"dtype": FP16}),
             ("characters-beam-32", (), {"K": 32}),
-            ("characters-4-gram", (), {"order": 4, "length_penalty": 0.6, "eos_threshold": 1.5}),
+            ("characters-n-gram", (), {"ngram": True, "length_penalty": 0.6, "eos_threshold": 1.5}),
             ("characters-ctc", (), {"ctc": True, "length_penalty": 1.0}),
             ("word-pieces", ("row_kernel",), {"V": 5120}),
             ("word-pieces-half-penalty", ("row_kernel",), {"V": 5120, "dtype": FP16, "length_penalty": 0.6}),
@@ -166,6 +172,8 @@ VARIANTS = [
     Variant("beam_gather", "bf16", gather, {"dtype": BF16}),
     Variant("ctc_prefix", "characters", prefix),
     Variant("ctc_prefix", "word-pieces", prefix, {"V": 5120}),
+    Variant("ngram_scores", "characters", score_ngrams),
+    Variant("ngram_scores", "word-pieces", score_ngrams, {"V": 5120}),
     Variant("ctc_loss", "characters", align),
     Variant("ctc_loss", "long", align, {"S": 700}),
     Variant("ctc_loss", "short", align, {"S": 50}),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+from automata import random_model
 
 from gpu_proof.interpreter import poison
 from las_fast.ops import (
@@ -27,6 +28,7 @@ from las_fast.ops import (
     ctc_start,
     ctc_token_times,
     masked_attention,
+    table_model,
 )
 from las_fast.ops.speller_unroll import _reference as unroll_by_steps
 
@@ -354,27 +356,23 @@ def search_state(B, K, V, seed):
 
 def check_topk(
     device, B=2, K=4, V=31, eos=2, dtype=FP32, state="random", minimum=None, maximum=None, length_penalty=0.0,
-    eos_threshold=0.0, coverage=False, order=None, ctc_weight=None, layout="dense", out_of_range=False, seed=0,
+    eos_threshold=0.0, coverage=False, ngram=False, ctc_weight=None, layout="dense", seed=0,
 ):  # fmt: skip
     """All results match the reference, indices exactly.
 
-    state: a key of STATES. minimum, maximum: length limits, higher by 1 for every second utterance. out_of_range: some
-    n-gram states are outside the table.
+    state: a key of STATES. minimum, maximum: length limits, higher by 1 for every second utterance.
     """
     logits, scores, finished, lengths, generator = search_state(B, K, V, seed)
     STATES[state](logits, scores, finished, lengths)
     logits = logits.to(dtype)
     bounds = [None if x is None else x + torch.arange(B) % 2 for x in (minimum, maximum)]
     coverage = torch.randn(B, K, generator=generator) if coverage else None
-    table = states = None
-    if order is not None:
-        table = torch.randn(V ** (order - 1), V, generator=generator).log_softmax(-1)
-        low, high = (-3, len(table) + 3) if out_of_range else (0, len(table))
-        states = torch.randint(low, high, (B, K), generator=generator)
-    if out_of_range:
-        states[0, 0], states[-1, -1] = -(2**40), 2**40
-    nearest = None if states is None else states.clamp(0, len(table) - 1)
-    options = (eos, *bounds, length_penalty, eos_threshold, coverage, table, nearest, 0.3 if order else 0.0)
+    options = (eos, *bounds, length_penalty, eos_threshold, coverage)
+    if ngram:
+        log_probs = torch.randn(B, K, V, generator=generator).log_softmax(-1)
+        options += (with_layout(log_probs, layout), 0.3)
+    else:
+        options += (None, 0.0)
     next_log_probs = None
     if ctc_weight is not None:
         next_log_probs = torch.randn(B, K, V, generator=generator).log_softmax(-1)
@@ -383,16 +381,13 @@ def check_topk(
         )
     options += (next_log_probs, ctc_weight or 0.0)
     expected = importlib.import_module("las_fast.ops.beam_topk")._reference(logits, scores, finished, lengths, *options)
-    options = (*options[:7], states, *options[8:])
-
     tensors = [with_layout(x.to(device), layout) for x in (logits, scores, finished, lengths)]
     options = [x.to(device) if isinstance(x, torch.Tensor) else x for x in options]
     with not_copied(tensors[0]):
         actual = launcher("beam_topk")(*tensors, *options)
     assert_close(actual[0], expected[0], 2e-5, "scores")
-    names = ("scores", "tokens", "parents", "finished", "lengths", "states")
-    assert order or actual[5].shape == (0, 0)
-    for name, x, y in list(zip(names, actual, expected, strict=True))[1 : 6 if order else 5]:
+    names = ("scores", "tokens", "parents", "finished", "lengths")
+    for name, x, y in list(zip(names, actual, expected, strict=True))[1:]:
         assert_identical(x, y, name)
 
 
@@ -571,6 +566,39 @@ def check_ctc_prefix(
         assert_close(x, y, EXTRA_ROUNDINGS * (1e-5 + 1e-6 * max_abs(y[y.isfinite()])), name)
 
 
+# ngram_scores
+
+
+def check_ngram_scores(
+    device, V=31, order=4, B=2, K=3, followed=True, table=False, layout="dense", out_of_range=False, seed=0,
+):  # fmt: skip
+    """States and log-probabilities equal the reference to the bit.
+
+    followed: a step has been taken. table: every state has an arc of every token. out_of_range: pass states, parents
+    and tokens to the launcher that are too small and too large.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if table:
+        model = table_model(torch.randn(V ** (order - 1), V, generator=generator), 1)
+    else:
+        model = random_model(V, order, seed=seed, prune=2)
+    S = len(model.rows)
+    limits = (S, K, V) if followed else (S,)
+    taken = [torch.randint(0, n, (B, K), generator=generator) for n in limits]
+    if out_of_range:
+        outside = [torch.where(x % 3 == 0, -(2**40), torch.where(x % 3 == 1, 2**40, x)) for x in taken]
+        taken = [x.clamp(0, n - 1) for x, n in zip(outside, limits, strict=True)]
+    rest = [] if followed else [None, None]
+    sizes = model.vocabulary_size, model.order
+    parts = model.rows, model.arcs
+    expected = importlib.import_module("las_fast.ops.ngram_scores")._reference(*parts, *sizes, *taken, *rest)
+    parts, taken = ([with_layout(x.to(device), layout) for x in tensors]
+                    for tensors in (parts, outside if out_of_range else taken))  # fmt: skip
+    actual = launcher("ngram_scores")(*parts, *sizes, *taken, *rest)
+    assert_identical(actual[0], expected[0], "states")
+    assert_identical(actual[1].view(torch.int32), expected[1].view(torch.int32), "bits of the log-probabilities")
+
+
 # ctc_loss
 
 
@@ -634,11 +662,11 @@ def check_huge_attention(device, B, K, T, D, layout="dense"):
 
 
 def check_huge_topk(device, B, K, V):
-    """No index overflows, with a 2-gram model if the vocabulary is small."""
+    """No index overflows, with an n-gram model if the vocabulary is small."""
     rows = huge(B, K)
     lengths = rows.to(torch.int64)
-    ngram_table, ngram_states = (huge(V, V), lengths) if V < 100 else (None, None)
-    options = (2, None, None, 0.0, 0.0, rows, ngram_table, ngram_states, 0.3, huge(B, K, V), 0.3)
+    ngram_log_probs = huge(B, K, V) if V < 100 else None
+    options = (2, None, None, 0.0, 0.0, rows, ngram_log_probs, 0.3, huge(B, K, V), 0.3)
     # skip merge_kernel: it reads the results of row_kernel, which meta tensors do not hold
     unmerged = collections.defaultdict(lambda: lambda *_, **__: None)
     with mock.patch.object(importlib.import_module("las_fast.kernels.beam_topk"), "merge_kernel", unmerged):
@@ -654,6 +682,13 @@ def check_huge_ctc_prefix(device, B, K, T, V):
     """No index overflows."""
     rows = huge(B, K, dtype=torch.int64)
     launcher("ctc_prefix")(huge(B, T, V), huge(B, K, T + 1), huge(B, K), huge(B, K, V), rows, rows, rows, 2)
+
+
+def check_huge_ngram_scores(device, B, K, V):
+    """No index overflows, with more states and arcs than 32 bits can address."""
+    rows, arcs = huge(2**30, 4, dtype=torch.int32), huge(2**31 - 1, 2, dtype=torch.int32)
+    hypotheses = [huge(B, K, dtype=torch.int64)] * 3
+    launcher("ngram_scores")(rows, arcs, V, 3, *hypotheses)
 
 
 def check_huge_ctc_loss(device, B, T, V, S):
@@ -1026,9 +1061,9 @@ TOPK = _cases(
         "long-rows-spaced": {"V": 1100, "K": 8, "layout": "spaced", "B": 1},
         "long-rows-everything": {
             "V": 1030, "K": 5, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
-            "coverage": True, "order": 1,
+            "coverage": True, "ngram": True,
         },
-        "long-rows-bigram": {"V": 1100, "K": 6, "B": 1, "order": 2},
+        "long-rows-n-gram": {"V": 1100, "K": 6, "B": 1, "ngram": True},
         **{
             f"long-rows-{state.replace(' ', '-')}": {"state": state, "K": 5, "V": 2049, "B": 1}
             for state in (
@@ -1047,17 +1082,16 @@ TOPK = _cases(
         "length-penalty": {"length_penalty": 0.8, "K": 5, "V": 7, "B": 6},
         "length-penalty-all-finished": {"length_penalty": 1.0, "state": "all finished"},
         "coverage": {"coverage": True, "K": 5},
-        "unigram": {"order": 1, "V": 7},
-        "trigram": {"order": 3, "V": 7, "K": 5},
+        "n-gram": {"ngram": True, "V": 7, "K": 5},
         "everything": {
             "B": 3, "K": 5, "V": 11, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
-            "coverage": True, "order": 2,
+            "coverage": True, "ngram": True,
         },
         "ctc": {"ctc_weight": 0.3, "K": 5},
         "ctc-alone": {"ctc_weight": 1.0, "V": 7, "minimum": 4, "maximum": 5, "state": "one token each"},
         "ctc-and-everything": {
             "B": 3, "K": 5, "V": 11, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
-            "coverage": True, "order": 2, "ctc_weight": 0.4,
+            "coverage": True, "ngram": True, "ctc_weight": 0.4,
         },
         "ctc-nan-and-inf-rows": {"ctc_weight": 0.5, "V": 9, "state": "nan and inf rows"},
         "ctc-alone-all-impossible": {"ctc_weight": 1.0, "V": 5, "state": "all impossible"},
@@ -1077,8 +1111,6 @@ TOPK = _cases(
         "long-rows-zero-lengths": {"state": "zero lengths", "length_penalty": 0.6, "K": 5, "V": 2100},
         "equal-means-length-penalty": {"state": "equal means", "length_penalty": 1.0, "V": 3, "K": 16, "B": 1},
         "negative-zero-length-penalty": {"state": "signed zeros", "length_penalty": 1.0, "V": 7},
-        "trigram-states-out-of-range": {"order": 3, "V": 5, "K": 8, "B": 8, "out_of_range": True},
-        "long-rows-bigram-states-out-of-range": {"order": 2, "V": 1030, "K": 8, "out_of_range": True},
     },
 )  # fmt: skip
 
@@ -1243,7 +1275,27 @@ ALIGNMENT = _cases(
     },
 )
 
-CASES = ALIGNMENT + ATTENTION + TOPK + GATHER + PREFIX + BACKTRACK + UNROLL
+NGRAM = _cases(
+    "ngram_scores",
+    check_ngram_scores,
+    {
+        "characters": {"B": 3, "K": 4},
+        "first-tokens": {"followed": False},
+        "one-hypothesis": {"B": 1, "K": 1},
+        "one-state": {"order": 1, "V": 5},
+        "two-states-deep": {"order": 2, "V": 4, "K": 5},
+        "deep": {"order": 7, "V": 6, "K": 5},
+        "every-arc": {"table": True, "order": 2},
+        "every-arc-one-token": {"table": True, "V": 2, "order": 1, "followed": False},
+        **{f"vocabulary-{V}": {"V": V, "order": 3, "K": 2} for V in (32, 33, 64, 65)},
+        "vocabulary-1025": {"V": 1025, "order": 2, "K": 1, "B": 1},
+        "strided": {"layout": "strided", "K": 2},
+        "transposed": {"layout": "transposed", "K": 5},
+        "out-of-range": {"out_of_range": True, "B": 3, "K": 4},
+    },
+)
+
+CASES = ALIGNMENT + ATTENTION + TOPK + GATHER + PREFIX + NGRAM + BACKTRACK + UNROLL
 
 HUGE = [
     Case("masked_attention", "huge", check_huge_attention, {"B": 2**17, "K": 2, "T": 300, "D": 64}, huge=True),
@@ -1257,6 +1309,7 @@ HUGE = [
     Case("ctc_prefix", "huge-states", check_huge_ctc_prefix, {"B": 2**15, "K": 128, "T": 600, "V": 40}, huge=True),
     Case("ctc_prefix", "huge-log-probs", check_huge_ctc_prefix, {"B": 2**16, "K": 9, "T": 3, "V": 5000}, huge=True),
     Case("ctc_prefix", "huge-utterance", check_huge_ctc_prefix, {"B": 1, "K": 2, "T": 300, "V": 2**23}, huge=True),
+    Case("ngram_scores", "huge", check_huge_ngram_scores, {"B": 2**22, "K": 20, "V": 31}, huge=True),
     Case("speller_unroll", "huge", check_huge_unroll, {"B": 2**25, "U": 2, "T": 8, "step": 0}, huge=True),
     Case("speller_unroll", "huge-steps", check_huge_unroll, {"B": 64, "U": 2**20, "T": 80, "step": 2**20 - 2},
          huge=True),

@@ -354,6 +354,29 @@ PREFIX = [
     )
 ]  # fmt: skip
 
+NGRAM = [
+    SourceMutant("ngram_scores", name, old, new)
+    for name, old, new in (
+        ("hypothesis-in-32-bits", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+        ("unclamped", "return tl.minimum(tl.maximum(x, 0), end - 1)", "return x"),
+        ("parents-ignored", "states + i // K * K + parent", "states + i + parent * 0"),
+        ("state-of-the-first-utterance", "states + i // K * K + parent", "states + parent"),
+        ("own-bit-counts", "+ 1 << bit) - 1)", "+ 2 << bit) - 1)"),
+        ("first-mask-only", "row + 2 * word, mask", "row + word * 0, mask"),
+        ("first-arc-of-the-first-mask", "row + 2 * word + 1", "row + word * 0 + 1"),
+        ("back-off-weight-dropped", "total + backoff, total)", "total, total)"),
+        ("back-off-after-the-arc", "tl.where(missing, total + backoff, total)", "total + backoff"),
+        ("one-state-too-few", "in range(order)", "in range(order - 1)"),
+        ("log-prob-as-next-state", "arcs + 2 * arc + 1", "arcs + 2 * arc"),
+        ("bits-counted-in-threes", "(x + (x >> 4)) & 0x0F0F0F0F", "(x + (x >> 4)) & 0x03030303"),
+        ("stored-past-the-end", "log_probs, mask=inside)", "log_probs)"),
+        ("tokens-of-the-first-block", "begin, v, inside", "begin, v % BLOCK, inside"),
+        ("model-not-made-contiguous", "(x.contiguous() for x in (rows, arcs, states))",
+         "(x for x in (rows, arcs, states))"),
+        ("step-not-made-contiguous", "(None if x is None else x.contiguous() for", "(x for"),
+    )
+]  # fmt: skip
+
 FLAT_INDEX = """
 
 
@@ -370,7 +393,6 @@ TOPK = [
         ("negative-zero-below-zero", "-(bits & 0x7FFFFFFF)", "bits ^ 0x7FFFFFFF"),
         ("threshold-without-the-sum", "(eos_logit - top) - log_sum, (best_other - top) - log_sum, count",
          "eos_logit - top, best_other - top, count"),
-        ("states-unclamped", "return tl.minimum(tl.maximum(state, 0), state_count - 1)", "return state"),
         ("minimum-of-the-first-utterance", "tl.load(minimum + b)", "tl.load(minimum)"),
         ("maximum-of-the-first-utterance", "tl.load(maximum + b)", "tl.load(maximum)"),
         ("length-zero-not-clamped", "tl.maximum(lengths + tl.where(finished, 0, 1), 1)",
@@ -385,8 +407,8 @@ TOPK = [
         ("finished-beams-count-on", "lengths + tl.where(finished, 0, 1)", "lengths + 1"),
         ("power-of-the-penalty-dropped", "tl.exp2(length_penalty * tl.log2(tokens))", "tokens"),
         ("coverage-subtracted", "candidates + coverage[:, None]", "candidates - coverage[:, None]"),
-        ("ngram-weight-dropped", "steps + ngram_weight * tl.load(", "steps + tl.load("),
-        ("ngram-row-stride", "table + state[:, None] * V", "table + state[:, None]"),
+        ("ngram-weight-dropped", "steps + ngram_weight * log_probs", "steps + log_probs"),
+        ("ngram-row-stride", "ngram_log_probs + row[:, None] * V", "ngram_log_probs + row[:, None]"),
         ("ctc-weights-swapped", "(1.0 - ctc_weight) * steps + ctc_weight * log_probs",
          "ctc_weight * steps + (1.0 - ctc_weight) * log_probs"),
         ("ctc-row-stride", "next_log_probs + row[:, None] * V", "next_log_probs + row[:, None]"),
@@ -397,7 +419,6 @@ TOPK = [
         ("parent-and-token-swapped", "parent, token = index // V, index % V", "token, parent = index // V, index % V"),
         ("eos-does-not-finish", "ended | (token == eos)", "ended | (token < 0)"),
         ("finished-beams-grow", "parent) + tl.where(ended, 0, 1))", "parent) + 1)"),
-        ("ngram-state-unwrapped", "(state * V + token) % state_count", "state * V + token"),
         ("padding-counts-in-the-sum", 'logits_k + v[None, :], mask=inside, other=-float("inf"))',
          "logits_k + v[None, :], mask=inside, other=0.0)"),
         ("stride-of-rows", "k[:, None] * logits_k", "k[:, None] * V"),
@@ -615,6 +636,7 @@ CODE = [
             r"\1, 4,",
             0,
         ),
+        (("ngram_scores", "scores_kernel", "out-of-range"), "unclamped", r"max\.s64", "min.s64", 0),
         (("beam_gather", "gather_kernel", "parents-out-of-range"), "unclamped", r"max\.s64", "min.s64", 0),
         (("speller_unroll", "cell_kernel", "bf16"), "one-mma-missing", r"mma\.sync[^;]+;", "", 0),
         (("speller_unroll", "cell_kernel", "bf16"), "no-barriers", r"bar\.sync\s+0;", "", None),
@@ -624,9 +646,12 @@ CODE = [
     )
 ]
 
-OPS = ("masked_attention", "beam_topk", "beam_gather", "ctc_prefix", "ctc_loss", "beam_backtrack", "speller_unroll")
+OPS = (
+    "masked_attention", "beam_topk", "beam_gather", "ctc_prefix", "ngram_scores", "ctc_loss", "beam_backtrack",
+    "speller_unroll",
+)  # fmt: skip
 CONTROLS = [SourceMutant(op, "unchanged") for op in OPS]
-MUTANTS = BACKTRACK + GATHER + PREFIX + ALIGNMENT + TOPK + ATTENTION + UNROLL + SLOW + CODE
+MUTANTS = BACKTRACK + GATHER + PREFIX + NGRAM + ALIGNMENT + TOPK + ATTENTION + UNROLL + SLOW + CODE
 
 
 @functools.cache

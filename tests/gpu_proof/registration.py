@@ -1,6 +1,7 @@
 """Rung 0: check the registration of the Triton ops with torch. Call these functions in an interpreting worker."""
 
 import torch
+from automata import random_model
 
 from gpu_proof.cases import unroll_inputs
 from gpu_proof.end_to_end import triton_on_the_cpu
@@ -8,6 +9,7 @@ from gpu_proof.interpreter import fast
 from las_fast.ops import (
     CtcState,
     Ngram,
+    NgramModel,
     SpellerWeights,
     beam_backtrack,
     beam_gather,
@@ -15,6 +17,7 @@ from las_fast.ops import (
     ctc_loss,
     ctc_prefix,
     masked_attention,
+    ngram_scores,
     speller_unroll,
 )
 
@@ -46,6 +49,11 @@ def prefix_inputs():
     return *tensors, *(torch.randint(0, 3, (2, 3), generator=generator) for _ in range(3))
 
 
+def ngram_inputs():
+    model = random_model(5, 3)
+    return model.rows, model.arcs, model.vocabulary_size, model.order, torch.tensor([[0, 1, 2], [3, 2, 1]])
+
+
 def unroll_arguments(grad=False):
     """Arguments of the registered op speller_unroll, without its two flags."""
     weights, keys, values, *others = unroll_inputs(5, 4, (3, 6), 4, 5, 7, 2, 3, (7, 4), True, 0.5, 1.0, 0)
@@ -63,16 +71,17 @@ def ctc_inputs(grad=False):
 def check_op(name):
     """Run torch.library.opcheck on one op; raises if its schema, fake or gradient is wrong."""
     fast()
-    bound = torch.tensor([1, 2])
+    bound, step = torch.tensor([1, 2]), [torch.ones(2, 3, dtype=torch.int64)] * 2
     arguments = {
         "masked_attention": [(*attention_inputs(grad), 0.4, w) for grad in (False, True) for w in (False, True)],
         "beam_topk": [
-            (*search_inputs(), EOS, None, None, 0.0, 0.0, None, None, None, 0.0, None, 0.0),
-            (*search_inputs(), EOS, bound, 9 * bound, 1.0, 0.5, torch.zeros(2, 3), torch.zeros(25, 5),
-             torch.full((2, 3), 7), 0.3, torch.zeros(2, 3, 5), 0.4),
+            (*search_inputs(), EOS, None, None, 0.0, 0.0, None, None, 0.0, None, 0.0),
+            (*search_inputs(), EOS, bound, 9 * bound, 1.0, 0.5, torch.zeros(2, 3), torch.zeros(2, 3, 5),
+             0.3, torch.zeros(2, 3, 5), 0.4),
         ],
         "beam_gather": [([torch.randn(2, 3, 4), torch.zeros(2, 3, 1).bool()], torch.tensor([[0, 0, 2], [1, 2, 0]]))],
         "ctc_prefix": [(*prefix_inputs(), EOS)],
+        "ngram_scores": [(*ngram_inputs(), None, None), (*ngram_inputs(), *step)],
         "ctc_loss": [(*ctc_inputs(grad), grad) for grad in (False, True)],
         "beam_backtrack": [(*backtrack_inputs(), EOS)],
         "speller_unroll": [(*unroll_arguments(grad), bf16, grad) for grad in (False, True) for bf16 in (False, True)],
@@ -96,7 +105,7 @@ def compile_ops():
             assert torch.equal(x, y), name
         return results
 
-    table = torch.zeros(5, 5)
+    log_probs = torch.zeros(2, 3, 5)
     with triton_on_the_cpu():
         query, keys, values, lengths = attention_inputs(grad=True)
         attended = compile_and_compare("masked_attention", lambda *x: masked_attention(*x, backend="triton"),
@@ -104,10 +113,13 @@ def compile_ops():
         attended[0].sum().backward()
         assert all(x.grad is not None and x.grad.isfinite().all() for x in (query, keys, values))
         compile_and_compare("beam_topk", lambda a, b, c, n: beam_topk(
-            a, b, c, eos=EOS, lengths=n, ngram=Ngram(table, n, 0.3), backend="triton"), *search_inputs())  # fmt: skip
+            a, b, c, eos=EOS, lengths=n, ngram=Ngram(log_probs, 0.3), backend="triton"), *search_inputs())  # fmt: skip
         compile_and_compare("beam_gather", lambda x, p: beam_gather([x, x], p, backend="triton"),
                 torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64))  # fmt: skip
         compile_and_compare("ctc_loss", lambda *x: (ctc_loss(*x, backend="triton"),), *ctc_inputs(grad=True))
+        rows, arcs, V, order, states = ngram_inputs()
+        compile_and_compare("ngram_scores", lambda r, a, s: ngram_scores(
+            NgramModel(r, a, V, order, 0), s, backend="triton"), rows, arcs, states)  # fmt: skip
         compile_and_compare("ctc_prefix", lambda f, a, p, g, *x: ctc_prefix(
             f, CtcState(a, p, g), *x, eos=EOS, backend="triton"), *prefix_inputs())  # fmt: skip
         weights, *others, masks = unroll_arguments()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import test_beam_backtrack
 import test_beam_gather
@@ -10,9 +12,11 @@ import test_bilstm
 import test_ctc_loss
 import test_ctc_prefix
 import test_masked_attention
+import test_ngram_scores
 import test_speller_search
 import test_speller_unroll
 import torch
+from automata import random_model
 from torch import Tensor
 
 from las_fast.ops import (
@@ -27,13 +31,16 @@ from las_fast.ops import (
     ctc_prefix,
     ctc_token_times,
     masked_attention,
+    ngram_scores,
     padding_mask,
     speller_search,
     speller_unroll,
+    table_model,
 )
 
 BACKTRACK = ("tokens", "parents", "scores", "attended_frames")
 OTHER = {torch.float32: torch.float64, torch.int64: torch.int32, torch.bool: torch.uint8, torch.uint8: torch.int8}
+OTHER |= {torch.int32: torch.int64}
 
 
 def altered(x: Tensor):
@@ -78,9 +85,14 @@ def beam_calls():
     unchecked = {("states", "2 shorter"), ("states", "another type")}
     yield "beam_gather_cpp", {"states": states, "parents": parents}, unchecked
     names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
-    names += ["coverage", "ngram_table", "ngram_states", "ngram_weight", "ctc_next_log_probs", "ctc_weight"]
+    names += ["coverage", "ngram_log_probs", "ngram_weight", "ctc_next_log_probs", "ctc_weight"]
     arguments = dict(zip(names, test_beam_topk.arguments(), strict=True))
     yield "beam_topk_cpp", arguments, set()
+    model = random_model(9, 3)
+    states, parents, tokens = test_ngram_scores.inputs(model)
+    arguments = {"rows": model.rows, "arcs": model.arcs, "vocabulary_size": 9, "order": 3, "states": states}
+    unchecked = {("rows", "0 shorter"), ("arcs", "0 shorter")}
+    yield "ngram_scores_cpp", {**arguments, "parents": parents, "tokens": tokens}, unchecked
 
 
 def ctc_calls():
@@ -107,14 +119,17 @@ def speller_calls():
     search = {"weights": list(weights.flat()), **memory, "beam": 3, "sos": 1, "eos": 2}
     search |= {"minimum": limit, "maximum": limit}
     search |= {"length_penalty": 0.5, "eos_threshold": 0.0, "coverage_weight": 0.0}
-    search |= {"ngram_table": torch.zeros(V, V), "ngram_weight": 0.1}
+    model = table_model(torch.zeros(V, V), 1)
+    search |= {"ngram_rows": model.rows, "ngram_arcs": model.arcs, "ngram_order": 2, "ngram_start": model.start}
+    search |= {"ngram_weight": 0.1}
     search |= {
         "ctc_log_probs": test_speller_search.random_ctc_log_probs(B, 9, V),
         "ctc_weight": 0.1,
         "precision": "fp32",
     }
     packed = torch.ops.las_fast.speller_pack_cpp(search["weights"], "fp32")
-    unchecked = {("ngram_table", "0 shorter"), ("ctc_log_probs", "1 shorter"), ("packed", "one dimension more")}
+    unchecked = {("ngram_rows", "0 shorter"), ("ngram_arcs", "0 shorter"), ("ctc_log_probs", "1 shorter")}
+    unchecked |= {("packed", "one dimension more")}
     unchecked |= {("packed", "one dimension more at the end")}
     yield "speller_search_cpp", {**search, "packed": packed}, unchecked
 
@@ -173,15 +188,23 @@ def beam_functions():
     unchecked = {("states", "2 shorter"), ("states", "another type")}
     yield lambda **inputs: beam_gather(**inputs, backend="reference"), {"states": states, "parents": parents}, unchecked
     names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
-    names += ["coverage", "ngram_table", "ngram_states", "ngram_weight", "ctc_next_log_probs", "ctc_weight"]
+    names += ["coverage", "ngram_log_probs", "ngram_weight", "ctc_next_log_probs", "ctc_weight"]
     inputs = dict(zip(names, test_beam_topk.arguments(), strict=True))
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
 
-    def step(ngram_table, ngram_states, ctc_next_log_probs, **others):
-        ngram, ctc = Ngram(ngram_table, ngram_states, 0.3), Ctc(ctc_next_log_probs, 0.3)
+    def step(ngram_log_probs, ctc_next_log_probs, **others):
+        ngram, ctc = Ngram(ngram_log_probs, 0.3), Ctc(ctc_next_log_probs, 0.3)
         return beam_topk(**others, eos=2, ngram=ngram, ctc=ctc, backend="reference")
 
     yield step, tensors, {("logits", "another type")}
+    model = random_model(9, 3)
+    names = dict(zip(("states", "parents", "tokens"), test_ngram_scores.inputs(model), strict=True))
+
+    def score(rows, arcs, **others):
+        return ngram_scores(replace(model, rows=rows, arcs=arcs), **others, backend="reference")
+
+    unchecked = {("rows", "0 shorter"), ("arcs", "0 shorter")}
+    yield score, {"rows": model.rows, "arcs": model.arcs, **names}, unchecked
 
 
 def encoder_functions():
@@ -214,11 +237,11 @@ def speller_functions():
     inputs = {**memory, "tokens": tokens, "sampled": sampled, "masks": masks}
     yield lambda **inputs: speller_unroll(weights, **inputs, backend="reference"), inputs, unchecked
     limit, ctc_log_probs = torch.full((B,), 3), test_speller_search.random_ctc_log_probs(B, 9, V)
-    inputs = {**memory, "minimum": limit, "maximum": limit, "ngram_table": torch.zeros(V, V)}
+    inputs = {**memory, "minimum": limit, "maximum": limit}
     inputs |= {"ctc_log_probs": ctc_log_probs}
     fixed = {"beam": 3, "sos": 1, "eos": 2, "ctc_weight": 0.3, "backend": "reference"}
     unchecked = {(name, "another device") for name in inputs}
-    unchecked |= {("ngram_table", "0 shorter"), ("ctc_log_probs", "1 shorter")}
+    unchecked |= {("ctc_log_probs", "1 shorter")}
     yield lambda **inputs: speller_search(weights, **inputs, **fixed), inputs, unchecked
 
 

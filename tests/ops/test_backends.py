@@ -91,7 +91,7 @@ def test_each_op_has_the_backends_listed_here():
     native, everywhere = ("reference", "cpp"), ("reference", "cpp", "triton")
     assert {op: tuple(has) for op, has in backends.IMPLEMENTED.items()} == {
         "bilstm": native, "ctc_loss": everywhere, "masked_attention": everywhere, "beam_topk": everywhere,
-        "beam_gather": everywhere, "ctc_prefix": everywhere, "beam_backtrack": everywhere,
+        "beam_gather": everywhere, "ngram_scores": everywhere, "ctc_prefix": everywhere, "beam_backtrack": everywhere,
         "speller_unroll": ("reference", "fused", "cpp", "triton"), "speller_search": native,
     }  # fmt: skip
 

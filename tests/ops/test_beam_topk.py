@@ -28,10 +28,8 @@ def random(B=3, K=4, V=7, seed=0):
     return logits, scores, finished, torch.randint(0, 9, (B, K), generator=generator)
 
 
-def ngram(B, K, V, order, seed=0, weight=0.4):
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.randn(V ** (order - 1), V, generator=generator).log_softmax(-1)
-    return Ngram(table, torch.randint(0, len(table), (B, K), generator=generator), weight)
+def ngram(B, K, V, seed=0, weight=0.4):
+    return Ngram(torch.randn(B, K, V, generator=torch.Generator().manual_seed(seed)).log_softmax(-1), weight)
 
 
 def ctc(B, K, V, seed=0, weight=0.3):
@@ -48,7 +46,7 @@ OPTIONS = {
     "maximum": ["maximum"],
     "both limits": ["minimum", "maximum"],
     "coverage": ["coverage"],
-    "bigram": ["ngram"],
+    "n-gram": ["ngram"],
     "ctc": ["ctc"],
     "all": ["length_penalty", "eos_threshold", "minimum", "maximum", "coverage", "ngram", "ctc"],
 }
@@ -62,7 +60,7 @@ def options_for(name, B, K, V):
         "minimum": lambda: torch.arange(B) % 6 + 2,
         "maximum": lambda: torch.arange(B) % 6 + 3,
         "coverage": lambda: torch.randn(B, K, generator=generator),
-        "ngram": lambda: ngram(B, K, V, 2),
+        "ngram": lambda: ngram(B, K, V),
         "ctc": lambda: ctc(B, K, V),
     }
     return {option: make[option]() for option in OPTIONS[name]}
@@ -84,7 +82,7 @@ def plain(logits, scores, finished, lengths, b, *, eos, minimum=None, maximum=No
             if ctc is not None and total > -math.inf:
                 total = (1 - ctc.weight) * total + ctc.weight * float(ctc.next_log_probs[b, k, v])
             if ngram is not None:
-                total += ngram.weight * float(ngram.log_probs[ngram.states[b, k], v])
+                total += ngram.weight * float(ngram.log_probs[b, k, v])
             if finished[b, k]:
                 total, tokens = 0.0 if v == eos else -math.inf, int(lengths[b, k])
             total += float(scores[b, k])
@@ -238,12 +236,6 @@ def test_a_vocabulary_of_one_token_works(backend, V):
     assert (actual.tokens == 0).all() and actual.finished.all()
 
 
-def test_a_table_over_one_token_has_one_row():
-    model = Ngram(torch.zeros(2, 1), torch.zeros(1, 1, dtype=torch.int64), 0.5)
-    with pytest.raises(ValueError, match=r"ngram.log_probs must be \(1, 1\) .* got \(2, 1\)"):
-        step(torch.zeros(1, 1, 1), ngram=model, eos=0, backend="reference")
-
-
 @pytest.mark.parametrize(("B", "K"), [(0, 3), (2, 0)])
 def test_empty_inputs_give_empty_results(backend, B, K):
     actual = step(torch.zeros(B, K, 5), backend=backend)
@@ -309,7 +301,7 @@ def test_eos_must_exceed_the_threshold(backend, best_other):
 
 def test_the_threshold_ignores_the_language_model(backend):
     logits = torch.tensor([[[0.5, 0.2, 0.3]]]).log().expand(1, 3, 3)
-    against_eos = Ngram(torch.tensor([[0.0, 0.0, -50.0]]), torch.zeros(1, 3, dtype=torch.int64), 1.0)
+    against_eos = Ngram(torch.tensor([0.0, 0.0, -50.0]).repeat(1, 3, 1), 1.0)
     actual = step(logits, [[0.0, -INF, -INF]], eos_threshold=2.0, ngram=against_eos, backend=backend)
     assert EOS in actual.tokens[0].tolist() and (actual.scores[0] > -INF).all()
 
@@ -372,31 +364,12 @@ def test_a_continuation_that_ctc_rules_out_is_impossible(backend):
     assert step(torch.zeros(1, 1, 4), ctc=Ctc(next_log_probs, 0.5), backend=backend).scores.item() == -INF
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_an_ngram_model_adds_to_the_scores_and_follows_the_tokens(backend, order):
-    B, K, V = 2, 8, 31
-    inputs, model = random(B, K, V), ngram(B, K, V, order)
-    actual = step(*inputs, ngram=model, backend=backend)
-    for b in range(B):
-        for k, (total, token, parent) in enumerate(plain(*inputs, b, eos=EOS, ngram=model)[:K]):
-            assert float(actual.scores[b, k]) == pytest.approx(total, abs=1e-5)
-            assert (int(actual.tokens[b, k]), int(actual.parents[b, k])) == (token, parent)
-            state = int(model.states[b, parent])
-            if not inputs[2][b, parent]:
-                state = (state * V + token) % V ** (order - 1)
-            assert int(actual.ngram_states[b, k]) == state
-
-
 @pytest.mark.parametrize("model", ["ngram", "ctc"])
 def test_a_model_can_choose_a_token_that_the_logits_rank_low_in_any_block(backend, model):
     logits, scores = torch.zeros(1, 1, 201), torch.zeros(1, 1, 201)
     logits[..., 3], scores[..., 150] = 15.0, 10.0
-    made = Ngram(scores[0], torch.zeros(1, 1, dtype=torch.int64), 2.0) if model == "ngram" else Ctc(scores - 10, 0.9)
+    made = Ngram(scores, 2.0) if model == "ngram" else Ctc(scores - 10, 0.9)
     assert step(logits, backend=backend, **{model: made}).tokens.tolist() == [[150]]
-
-
-def test_without_an_ngram_model_there_are_no_states(backend):
-    assert step(*random(), backend=backend).ngram_states is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -415,9 +388,8 @@ def test_inputs_need_not_be_contiguous(backend):
     options["coverage"] = options["coverage"].t().contiguous().t()
     log_probs = options["ctc"].next_log_probs.transpose(0, 1).contiguous().transpose(0, 1)
     options["ctc"] = options["ctc"]._replace(next_log_probs=log_probs)
-    model = options["ngram"]
-    table, states = (x.t().contiguous().t() for x in model[:2])
-    options["ngram"] = model._replace(log_probs=table, states=states)
+    log_probs = options["ngram"].log_probs.transpose(0, 1).contiguous().transpose(0, 1)
+    options["ngram"] = options["ngram"]._replace(log_probs=log_probs)
     assert not any(x.is_contiguous() for x in strided)
     assert_same(step(*strided, backend=backend, **options), step(*inputs, backend="reference", **options))
 
@@ -440,8 +412,7 @@ def test_inputs_are_not_modified(backend):
         ({"minimum": torch.ones(3, dtype=torch.int64)}, r"minimum must be \(2,\) torch.int64"),
         ({"maximum": torch.ones(2)}, r"maximum must be \(2,\) torch.int64 like logits; got \(2,\) torch.float32"),
         ({"coverage": torch.zeros(2)}, r"coverage must be \(2, 3\) torch.float32"),
-        ({"ngram": Ngram(torch.zeros(4, 5), torch.zeros(2, 3).long(), 1.0)}, r"ngram.log_probs must be \(5, 5\)"),
-        ({"ngram": Ngram(torch.zeros(5, 5), torch.zeros(2, 3), 1.0)}, r"ngram.states must be \(2, 3\) torch.int64"),
+        ({"ngram": Ngram(torch.zeros(2, 3, 4), 1.0)}, r"ngram.log_probs must be \(2, 3, 5\) torch.float32"),
         ({"ctc": Ctc(torch.zeros(2, 3, 4), 0.5)}, r"ctc.next_log_probs must be \(2, 3, 5\) torch.float32"),
         ({"ctc": Ctc(torch.zeros(2, 3, 5), 1.5)}, "ctc.weight must be from 0 to 1; got 1.5"),
         ({"scores": torch.zeros(2, 3, device="meta")}, "scores must be on cpu like logits; got meta"),
@@ -463,11 +434,10 @@ def test_disagreeing_arguments_are_explained(change, message):
 def arguments(B=2, K=3, V=5, **change):
     """Arguments of the registered op, with all options set."""
     logits, scores, finished, lengths = random(B, K, V)
-    model, limits = ngram(B, K, V, 2), torch.full((B,), 4)
+    model, limits = ngram(B, K, V), torch.full((B,), 4)
     defaults = {"logits": logits, "scores": scores, "finished": finished, "lengths": lengths, "eos": EOS}
     defaults |= {"minimum": limits, "maximum": limits + 4, "length_penalty": 0.7, "eos_threshold": 1.2}
-    defaults |= {"coverage": torch.randn(B, K), "ngram_table": model.log_probs}
-    defaults |= {"ngram_states": model.states, "ngram_weight": 0.3}
+    defaults |= {"coverage": torch.randn(B, K), "ngram_log_probs": model.log_probs, "ngram_weight": 0.3}
     defaults |= {"ctc_next_log_probs": ctc(B, K, V).next_log_probs, "ctc_weight": 0.3}
     return tuple((defaults | change).values())
 
@@ -483,14 +453,9 @@ def arguments(B=2, K=3, V=5, **change):
         ({"maximum": torch.zeros(3).long()}, r"maximum must be \[2\] Long"),
         ({"coverage": torch.zeros(2)}, r"coverage must be \[2, 3\] Float"),
         ({"ctc_next_log_probs": torch.zeros(2, 3)}, r"ctc_next_log_probs must be \[2, 3, 5\] Float"),
-        ({"ngram_states": None}, "ngram_table and ngram_states must be given together"),
-        ({"ngram_table": torch.zeros(5, 4)}, r"ngram_table must be \(states, V\) float32 with V=5; got \[5, 4\]"),
-        ({"ngram_states": torch.full((2, 3), 5)}, "ngram_states must be from 0 to 4; got 5"),
-        ({"ngram_states": torch.full((2, 3), -1)}, "ngram_states must be from 0 to 4; got -1"),
+        ({"ngram_log_probs": torch.zeros(2, 3)}, r"ngram_log_probs must be \[2, 3, 5\] Float"),
+        ({"ngram_log_probs": torch.zeros(2, 3, 5).double()}, r"ngram_log_probs must be .* Float like .* Double"),
         ({"logits": torch.zeros(3, 5)}, r"logits must be \(B, K, V\) .*; got \[3, 5\]"),
-        ({"ngram_table": torch.zeros(0, 5)}, r"ngram_table must be \(states, V\) float32 with V=5; got \[0, 5\]"),
-        ({"ngram_table": torch.zeros(5, 5).double()}, "ngram_table must be .* float32 with V=5; got .* Double"),
-        ({"ngram_table": torch.zeros(25)}, r"ngram_table must be \(states, V\) float32 with V=5; got \[25\]"),
         ({"eos": -1}, "eos must be a token from 0 to 4; got -1"),
         ({"eos": 5}, "eos must be a token from 0 to 4; got 5"),
     ],
@@ -502,7 +467,7 @@ def test_the_registered_op_checks_its_own_arguments(cpp, change, message):
 
 @pytest.mark.parametrize("options", [True, False])
 def test_the_registered_op_passes_opcheck(cpp, options):
-    names = () if options else ("minimum", "maximum", "coverage", "ngram_table", "ngram_states", "ctc_next_log_probs")
+    names = () if options else ("minimum", "maximum", "coverage", "ngram_log_probs", "ctc_next_log_probs")
     torch.library.opcheck(torch.ops.las_fast.beam_topk_cpp.default, arguments(**dict.fromkeys(names)))
 
 

@@ -22,10 +22,11 @@ from las_fast.ops import (
     padding_mask,
     speller_pack,
     speller_search,
+    table_model,
 )
 from las_fast.ops.speller import linear_int8, step
 from las_fast.ops.speller_search import Options as SearchOptions
-from las_fast.ops.speller_search import _begin, first_ngram_state
+from las_fast.ops.speller_search import _begin
 from las_fast.search.beam import beam_search, packed_weights
 
 SOS, EOS, NAN = 1, 2, torch.nan
@@ -114,11 +115,12 @@ def search(weights, memory, *, backend="cpp", minimum=0, ngram_weight=0.0, **opt
     """Call speller_search with limits, a language model and CTC log-probabilities of matching sizes."""
     B, V = memory[2].shape[0], weights.bias.shape[0]
     maximum = options.pop("maximum", some_limits(B))
-    table = torch.randn(V, V, generator=torch.Generator().manual_seed(5)).log_softmax(-1) if ngram_weight else None
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(5)).log_softmax(-1)
+    ngram = table_model(table, SOS) if ngram_weight else None
     if options.get("ctc_weight") and "ctc_log_probs" not in options:
         options["ctc_log_probs"] = random_ctc_log_probs(B, memory[0].shape[1], V)
     return speller_search(
-        weights, *memory, sos=SOS, eos=EOS, backend=backend, ngram_table=table, ngram_weight=ngram_weight,
+        weights, *memory, sos=SOS, eos=EOS, backend=backend, ngram=ngram, ngram_weight=ngram_weight,
         minimum=torch.full((B,), minimum).clamp(max=maximum) if minimum else None, maximum=maximum, **options,
     )  # fmt: skip
 
@@ -642,9 +644,10 @@ def test_low_precision_changes_at_most_5_of_104_utterances(cpp, an4, precision):
 @pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["plain", "every option"])
 def test_the_registered_op_passes_opcheck(cpp, precision, options):
     weights, memory = random_weights(7, 5, (6, 3), 4, 3), random_memory(3, 9, 4, 3)
-    table = torch.zeros(7, 7) if options else None
+    model = table_model(torch.zeros(7, 7), SOS)
+    ngram = (model.rows, model.arcs, model.order, model.start) if options else (None, None, 0, 0)
     frames = random_ctc_log_probs(3, 9, 7) if options else None
-    arguments = (4, SOS, EOS, some_limits(3) if options else None, some_limits(3) + 3, 1.0, 0.5, 0.1, table, 0.5)
+    arguments = (4, SOS, EOS, some_limits(3) if options else None, some_limits(3) + 3, 1.0, 0.5, 0.1, *ngram, 0.5)
     arguments += (frames, 0.3)
     torch.library.opcheck(torch.ops.las_fast.speller_pack_cpp.default, (weights.flat(), precision))
     for packed in (None, speller_pack(weights, CPU, precision=precision)):
@@ -664,7 +667,7 @@ def test_the_registered_op_passes_opcheck(cpp, precision, options):
         ({"eos": 7}, "eos must be a token from 0 to 6; got 7"),
         ({"sos": -1}, "sos must be a token from 0 to 6; got -1"),
         ({"ctc_log_probs": torch.ones(3, 9, 6)}, r"ctc_log_probs must be \(B, T', V\) .* B=3, V=7; got \(3, 9, 6\)"),
-        ({"ngram_table": torch.ones(7, 6)}, r"ngram_table must be \(7 \*\* n, 7\) float32; got \(7, 6\) torch.float32"),
+        ({"ngram": table_model(torch.ones(6, 6), SOS)}, "ngram must be a model of 7 tokens; got one of 6"),
     ],
 )
 def test_arguments_that_disagree_are_named(change, message):
@@ -682,15 +685,22 @@ def test_arguments_that_disagree_are_named(change, message):
         (4, 0, "beam must be at least 1; got 0"),
         (6, 7, "eos must be a token from 0 to 6; got 7"),
         (8, torch.ones(2).long(), r"maximum must be \(3,\) int64; got \[2\] Long"),
-        (14, torch.ones(3, 9, 6), r"ctc_log_probs must be \(B, T', V\) float32 with B=3, V=7; got \[3, 9, 6\] Float"),
-        (16, "fp16", "precision must be fp32, bf16 or int8; got fp16"),
-        (12, torch.ones(7, 6), r"ngram_table must be \(states, V\) float32 with V=7; got \[7, 6\] Float"),
+        (17, torch.ones(3, 9, 6), r"ctc_log_probs must be \(B, T', V\) float32 with B=3, V=7; got \[3, 9, 6\] Float"),
+        (19, "fp16", "precision must be fp32, bf16 or int8; got fp16"),
+        (12, None, "ngram_rows and ngram_arcs must be given together"),
+        (12, torch.ones(7, 4), r"rows of the n-gram model must be \(N, 4\) int32; got \[7, 4\] Float"),
+        (12, torch.ones(7, 3).int(), r"rows of the n-gram model must be \(N, 4\) int32; got \[7, 3\] Int"),
+        (13, torch.ones(7, 3).int(), r"arcs of the n-gram model must be \(N, 2\) int32; got \[7, 3\] Int"),
+        (14, 0, "the n-gram model must have at least 1 token and order 1; got 7 and 0"),
+        (15, -1, "ngram_start must be from 0 to 6; got -1"),
+        (15, 7, "ngram_start must be from 0 to 6; got 7"),
     ],
 )
 def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
     weights, memory = random_weights(7, 5, (6,), 4, 3), random_memory(3, 9, 4, 3)
-    arguments = [weights.flat(), *memory, 4, SOS, EOS, None, some_limits(3), 0.0, 0.0, 0.0, None, 0.0, None, 0.0]
-    arguments += ["fp32", None]
+    arguments = [weights.flat(), *memory, 4, SOS, EOS, None, some_limits(3), 0.0, 0.0, 0.0]
+    model = table_model(torch.zeros(7, 7), SOS)
+    arguments += [model.rows, model.arcs, model.order, model.start, 0.1, None, 0.0, "fp32", None]
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.las_fast.speller_search_cpp(*arguments)
@@ -729,7 +739,7 @@ def test_any_token_can_be_sos_or_eos(cpp, V, sos, eos):
     weights, memory = random_weights(V, 5, (6,), 4, 3), random_memory(4, 9, 4, 3)
     weights.bias.zero_()
     table = torch.randn(V**2, V, generator=torch.Generator().manual_seed(5)).log_softmax(-1)
-    options = {"beam": 1, "sos": sos, "eos": eos, "ngram_table": table, "ngram_weight": 0.7}
+    options = {"beam": 1, "sos": sos, "eos": eos, "ngram": table_model(table, sos), "ngram_weight": 0.7}
     actual, expected = (
         speller_search(weights, *memory, maximum=some_limits(4), backend=backend, **options)
         for backend in (cpp, "reference")
@@ -758,12 +768,3 @@ def test_results_hold_with_vectors_of_older_processors(cpp):
     actual = digests(check_and_digest)
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
     assert len(actual) in (widths, widths - 1), "vectors with fused multiply-add round differently from those without"
-
-
-def test_the_first_ngram_state_is_sos_repeated():
-    for V, order, sos in ((5, 1, 1), (5, 2, 4), (5, 4, 4), (31, 3, 1), (2, 4, 1), (1, 3, 0)):
-        table = torch.zeros(V ** (order - 1), V)
-        state = 0
-        for _ in range(order - 1):
-            state = state * V + sos
-        assert first_ngram_state(table, sos) == state, (V, order)

@@ -22,7 +22,7 @@ from las_fast.data.batching import Batch, make_loader, sorted_batches
 from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.model.las import LAS
-from las_fast.ops import backends
+from las_fast.ops import backends, table_model
 from las_fast.ops.speller_search import COVERAGE_FLOOR
 from las_fast.search import beam, cuda_graph, steps
 from las_fast.search import dataset as dataset_module
@@ -87,7 +87,7 @@ def test_an_ngram_model_adds_its_weighted_log_probabilities(order, backend):
         expected.append((score, text))
     expected = sorted(expected, reverse=True)[:5]
     settings = config(beam=64, ngram_weight=0.5)
-    actual = beam_search(model, one, settings, nbest=5, ngram=table, backend=backend)[0]
+    actual = beam_search(model, one, settings, nbest=5, ngram=table_model(table, SOS), backend=backend)[0]
     assert [tuple(h.text_tokens) for h in actual] == [text for _, text in expected]
     assert [h.score for h in actual] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
@@ -385,7 +385,7 @@ def test_the_length_reward_counts_every_token_except_eos():
             expected.append((score + weight * known + 0.7 * len(text), text))
         expected = sorted(expected, reverse=True)[:5]
         settings = config(beam=64, ngram_weight=weight, length_reward=0.7)
-        actual = beam_search(model, one, settings, nbest=5, ngram=table)[0]
+        actual = beam_search(model, one, settings, nbest=5, ngram=table_model(table, SOS))[0]
         assert [tuple(h.text_tokens) for h in actual] == [text for _, text in expected]
         assert [h.score for h in actual] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
@@ -731,7 +731,7 @@ class RandomFeatures(FakeDataset):
 
 def test_a_dataset_is_decoded_like_its_utterances_one_by_one():
     model, dataset = with_ctc_head(len(Vocabulary())), RandomFeatures(np.array([30, 12, 25]), [None] * 3)
-    table = torch.randn(31, 31, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    table = table_model(torch.randn(31, 31, generator=torch.Generator().manual_seed(1)).log_softmax(-1), SOS)
     settings = config(beam=3, ngram_weight=0.5, length_reward=0.2, maximum_share=0.3)
     options = {"progress": False, "device": "cpu"}
     actual = decode_dataset(model, dataset, Vocabulary(), settings, nbest=2, ngram=table, speech_scores=True, **options)

@@ -15,10 +15,11 @@ from toy_model import ToyModel, config, memory
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.batching import sorted_batches
 from las_fast.model.las import LAS
+from las_fast.ops import table_model
 from las_fast.search import cuda_graph
 from las_fast.search.beam import beam_search
 from las_fast.search.cuda_graph import bucket
-from las_fast.text import EOS
+from las_fast.text import EOS, SOS
 
 
 class FakeCudaGraph:
@@ -92,8 +93,8 @@ SETTINGS = [
 @pytest.mark.parametrize("fields", SETTINGS, ids=lambda fields: "-".join(fields) or "plain")
 def test_a_search_by_cuda_graph_equals_a_search_by_steps(fields, model, graphs):
     torch.manual_seed(1)
-    table = torch.randn(9, 9).log_softmax(-1)
-    options = {"nbest": 4, "ngram": table if "ngram_weight" in fields else None}
+    bigrams = table_model(torch.randn(9, 9).log_softmax(-1), SOS)
+    options = {"nbest": 4, "ngram": bigrams if "ngram_weight" in fields else None}
     searches = [
         (ToyModel(9), memory([3, 1, 4, 1, 5], [9, 2, 25, 14, 1])),
         (model, encode(model, [120, 40, 77])),
@@ -145,9 +146,10 @@ def test_other_settings_need_another_graph(graphs):
 def test_another_language_model_needs_another_graph(graphs):
     searched, encoded = ToyModel(9), memory([1, 2], [9, 7])
     tables = [torch.randn(9, 9, generator=torch.Generator().manual_seed(seed)).log_softmax(-1) for seed in (1, 2)]
+    models = [table_model(table, SOS) for table in tables]
     options = {"nbest": 4, "capture": True}
     settings = config(ngram_weight=0.5)
-    actual = [beam_search(searched, encoded, settings, ngram=table, **options) for table in (*tables, *tables)]
+    actual = [beam_search(searched, encoded, settings, ngram=bigrams, **options) for bigrams in (*models, *models)]
     assert len(graphs) == 2 and actual[:2] == actual[2:] and actual[0] != actual[1]
 
 
