@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import time
@@ -23,6 +24,7 @@ from benchmarks import (
     cost,
     interleaved,
     interview,
+    language_models,
     learning_curve,
     machine,
     picture_index,
@@ -48,6 +50,8 @@ from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
 from las_fast.search.beam import beam_search
+from las_fast.search.kneser_ney import encode_sentences, perplexity
+from las_fast.search.ngram import load_lm
 from las_fast.text import EOS, PAD
 from las_fast.training.losses import training_loss
 from las_fast.training.monitor import THRESHOLDS
@@ -521,6 +525,34 @@ def test_scores_cover_every_part_and_setting_and_do_not_depend_on_the_batch(tmp_
         scores.main([*data, "--ways", "5"])
     with pytest.raises(InputError, match="decoding.beam must be at least 1; got 0"):
         scores.main([*data, "--beam", "0"])
+
+
+def test_language_models_are_compared_by_bits_and_cer(tmp_path, monkeypatch, capsys):
+    make_manifest(tmp_path / "data", utterances=4)
+    for order in (1, 3):
+        lm.main([str(tmp_path / "data"), "--out", str(tmp_path / f"m{order}.lm.safetensors"), "--order", str(order)])
+    path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"model": MODEL, "decoding": DecodingConfig(beam=2)})
+    monkeypatch.setattr(language_models, "FILE", tmp_path / "language_models.csv")
+    data = ["--checkpoint", str(path), "--data", str(tmp_path / "data")]
+    models = [str(tmp_path / f"m{order}.lm.safetensors") for order in (1, 3)]
+    capsys.readouterr()
+    language_models.main([*data, "--lm", *models, "--ngram-weight", "0", "0.4", "--by", "source", "--record"])
+    rows = read_rows(tmp_path / "language_models.csv")
+    assert [(row["lm"], row["ngram_weight"], row["part"]) for row in rows] == [
+        (name, weight, part) for name in ("m1", "m3") for weight in ("0.0", "0.4") for part in ("all", "made")
+    ]
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    texts = list(lm.read_texts(tmp_path / "data", "dev"))
+    for name, row in (("m1", rows[0]), ("m3", rows[4])):
+        model = load_lm(tmp_path / f"{name}.lm.safetensors")
+        tokens = encode_sentences(texts, model.characters)
+        assert float(row["bits"]) == pytest.approx(math.log2(perplexity(model.levels, tokens, 31)), abs=2e-3)
+    assert rows[0]["cer"] == rows[4]["cer"], "a weight of 0 uses no model"
+    decode.main([*data, "--split", "dev", "--out", str(tmp_path / "out.csv"), "--device", "cpu", "--beam", "2", "--lm",
+                 models[1], "--decoding.ngram-weight", "0.4"])  # fmt: skip
+    assert float(rows[6]["cer"]) == pytest.approx(json.loads(capsys.readouterr().out.splitlines()[-1])["cer"], abs=6e-3)
+    with pytest.raises(InputError, match="--lm gone is not a file"):
+        language_models.main([*data, "--lm", "gone", "--ngram-weight", "0.1"])
 
 
 def test_a_learning_curve_is_fitted_and_its_predictions_have_a_range(tmp_path, monkeypatch, capsys):
