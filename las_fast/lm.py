@@ -15,8 +15,8 @@ distinct tokens before the n-gram. n_i is the number of n-grams of an order with
 and ends with <eos>.
 
 --prune N leaves out n-grams of 4 and more tokens that occur fewer than N times. Their probability goes to shorter ones.
---weights counts a text several times. --exclude leaves out the sentences that another text has in common, so that a
-model can be tuned on that text.
+--weights counts a text several times. --exclude leaves out every sentence that shares six words in a row with another
+text, so that a model can be tuned on that text.
 """
 
 from __future__ import annotations
