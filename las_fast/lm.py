@@ -139,9 +139,9 @@ class Sentences:
         if self.kept:
             return
         sources, digits, unmapped = ", ".join(map(str, self.sources)), self.with_digits, self.unmapped
-        if not digits + unmapped + self.in_common:
+        if not (digits or unmapped or self.in_common):
             raise InputError(f"there is no sentence in {sources}; give text with one sentence per line")
-        if not unmapped + self.in_common:
+        if not (unmapped or self.in_common):
             raise InputError(f"all {digits} sentences of {sources} contain digits; write them as words")
         reasons = [f"{digits} contain digits, which must be written as words"] if digits else []
         reasons += [f"{unmapped} have none of the characters {self.characters!r}"] if unmapped else []

@@ -171,7 +171,8 @@ def test_perplexity_counts_characters_and_eos():
 def test_sentences_are_encoded_between_sos_and_eos():
     for characters, dtype in (
         (AB, np.uint8),
-        ("".join(map(chr, range(400, 655))), np.int32),
+        ("".join(map(chr, range(400, 653))), np.uint8),
+        ("".join(map(chr, range(400, 654))), np.int32),
         ("Z\U0001f600A", np.uint8),
     ):
         vocabulary, texts = Vocabulary(characters), [characters[::-1], "", characters[:1]]
@@ -259,7 +260,7 @@ def save_counts(path, sentences, characters, order, **changes):
         tokens = [SOS] * (order - 1) + Vocabulary(characters).encode(text) + [EOS]
         for end in range(order, len(tokens) + 1):
             counts[sum(token * size**i for i, token in enumerate(reversed(tokens[end - order : end])))] += 1
-    ngrams, times = np.array(sorted(counts), np.int32), np.array([counts[n] for n in sorted(counts)], np.int32)
+    ngrams, times = np.array(sorted(counts), np.int64), np.array([counts[n] for n in sorted(counts)], np.int32)
     metadata = {"format": ngram.COUNTS_FORMAT, "order": str(order), "characters": characters, "sentences": "7"}
     save_file({"ngrams": ngrams, "counts": times}, path, metadata | changes)
     return ngrams, times
@@ -355,9 +356,9 @@ TRIE_DAMAGE = {
     "log-probabilities that are not finite": lambda t: changed(t, "scales", (1, slice(None)), 3e38),
     "fewer scales": lambda t: t.update(scales=t["scales"][:, :3]),
     "a missing unigram": lambda t: changed(t, "tokens", 2, 4 * 3),
-    "a token beyond the vocabulary": lambda t: changed(t, "tokens", V, 4 * V),
+    "a token beyond the vocabulary": lambda t: changed(t, "tokens", V + 3, 4 * V + 1),
     "<sos> after a context": lambda t: changed(t, "tokens", V, 4 * SOS + t["tokens"][V] % 4),
-    "tokens that do not ascend": lambda t: changed(t, "tokens", V + 2, t["tokens"][V + 1] | t["tokens"][V + 2] & 3),
+    "tokens that do not ascend": lambda t: changed(t, "tokens", V + 5, t["tokens"][V + 4] | 1),
     "a context without n-grams": lambda t: changed(t, "tokens", PAD, 4 * PAD + 2),
     "a last n-gram that is not last": lambda t: changed(t, "tokens", -1, t["tokens"][-1] & ~np.uint8(1)),
     "longer n-grams than the order": lambda t: changed(t, "tokens", -1, t["tokens"][-1] | 2),
@@ -390,6 +391,17 @@ def test_a_file_with_an_order_that_no_model_has_is_damaged(tmp_path):
         else:
             with pytest.raises(InputError, match="m.safetensors is damaged"):
                 load_lm(path)
+
+
+def test_a_file_whose_ngrams_exceed_64_bits_is_damaged(tmp_path):
+    path, characters = tmp_path / "m.safetensors", "".join(chr(code) for code in range(400, 460))
+    save_counts(path, [characters[:3]], characters, 10)
+    assert load_lm(path).order == 10
+    ngrams, counts = save_counts(path, [characters[:3]], characters, 3)
+    metadata = {"format": ngram.COUNTS_FORMAT, "order": "11", "characters": characters, "sentences": "7"}
+    save_file({"ngrams": ngrams, "counts": counts}, path, metadata)
+    with pytest.raises(InputError, match="m.safetensors is damaged"):
+        load_lm(path)
 
 
 @pytest.mark.parametrize(
@@ -429,6 +441,8 @@ def test_orders_range_from_1_to_12_and_numbers_of_63_bits():
             kneser_ney.check_order(order, 4)
     with pytest.raises(InputError, match="order 8 over 300 tokens exceed 64 bits; train with --order 7 or less"):
         kneser_ney.check_order(8, 300)
+    with pytest.raises(InputError, match="order 12 over 300 tokens exceed 64 bits; train with --order 7 or less"):
+        kneser_ney.check_order(12, 300)
     with pytest.raises(InputError, match="--order must be from 1 to 12; got 0"):
         train([], order=0)
 
@@ -567,7 +581,11 @@ def test_the_excluded_split_of_a_corpus_is_dev(tmp_path):
         ([], " \n\n", "there is no sentence in"),
         ([], "123\n\nAT 7\n", "text.txt contain digits; write them as words\n"),
         ([], "?\nAT 7\n!\n", "used: 1 contain digits, which must be written as words, and 2 have none of the ch"),
-        (["--characters", "ab"], "XYZ\n", "text.txt can be used: 1 have none of the characters 'ab'; give other"),
+        (
+            ["--characters", "ab"],
+            "XYZ\n",
+            "text.txt can be used: 1 have none of the characters 'ab'; give other text, or --ch",
+        ),
         (["--order", "0"], "A", "--order must be from 1 to 12"),
         (["--order", "12", "--characters", lm.CHARACTERS + "012345678"], "A", "order 12 over 40 tokens exceed 64 bits"),
         (["--prune", "0"], "A", "--prune must be at least 1; got 0"),

@@ -173,7 +173,7 @@ def _level(ngrams: np.ndarray, counts: np.ndarray, kept: np.ndarray, below: Leve
     group = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(ngrams))))  # the context of each n-gram
     total = np.bincount(group, counts, len(first))
     discounted = np.where(kept, _discounts(counts)[np.minimum(counts, 3)], counts)
-    share = np.bincount(group, discounted, len(first)) / np.maximum(total, 1)
+    share = np.bincount(group, discounted, len(first)) / total
     ngrams, group = ngrams[kept], group[kept]
     shorter = below.log_probs[np.searchsorted(below.ngrams, ngrams % V ** (k - 1))]
     p = (counts - discounted)[kept] / total[group] + share[group] * np.exp(shorter.astype(np.float64))

@@ -193,7 +193,7 @@ def _read_trie(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
     nodes, log_probs, backoffs, sizes, scales = map(tensor, ("tokens", "log_probs", "backoffs", "sizes", "scales"))
     _require(_is_possible(order, V) and sizes.shape == (order,) and scales.shape == (order, 4))
     _require((sizes >= 0).all() and nodes.shape == log_probs.shape == (int(sizes.sum()),) and backoffs.ndim == 1)
-    _require(nodes.dtype.kind == "u" and log_probs.dtype == backoffs.dtype == np.uint8 and np.isfinite(scales).all())
+    _require(nodes.dtype.kind == "u" and log_probs.dtype == backoffs.dtype == np.uint8)
     levels: list[Level] = []
     contexts, end, used = np.zeros(1, np.int64), 0, 0
     for k, (size, scale) in enumerate(zip(sizes.tolist(), scales, strict=True), 1):

@@ -124,6 +124,19 @@ def test_the_fast_backend_is_one_op(cpp):
     assert names == ["las_fast::ngram_scores_cpp"]
 
 
+def test_the_first_scores_are_of_the_backend_that_is_named():
+    names = ops_called(lambda: ngram_start(random_model(9, 2), 1, 2, backend="reference"))
+    assert names and "las_fast::ngram_scores_cpp" not in names
+
+
+def test_the_registered_op_passes_opcheck(cpp):
+    model = random_model(9, 3)
+    states, parents, tokens = inputs(model)
+    for step in ((None, None), (parents, tokens)):
+        arguments = (model.rows, model.arcs, 9, 3, states, *step)
+        torch.library.opcheck(torch.ops.las_fast.ngram_scores_cpp.default, arguments)
+
+
 def test_any_number_of_threads_gives_the_same_bits(cpp):
     model = random_model(31, 5)
     step = inputs(model, 64, 16)
