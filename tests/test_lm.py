@@ -158,6 +158,22 @@ def test_sentences_start_in_the_start_state(order):
     assert order == 1 or first[Vocabulary(AB).encode("B")[0]] > 0.9
 
 
+@pytest.mark.parametrize("sentences", [["A"], [""], ["A", "AB", "BB"]])
+def test_a_text_may_be_shorter_than_the_order(tmp_path, sentences):
+    model, p = train(sentences, order=12, characters=AB), brute_force(sentences, AB, 12)
+    save_lm(tmp_path / "m.safetensors", model)
+    assert [len(level.ngrams) for level in load_lm(tmp_path / "m.safetensors").levels][4:] == [0] * 8
+    automaton = PlainAutomaton(model.automaton())
+    for context in contexts_of(sentences, AB, 11):
+        if context[:1] == (SOS,):
+            expected = [p(token, context) for token in range(V)]
+            assert probabilities(automaton, context) == pytest.approx(expected, abs=1e-6), context
+    logs = [math.log(p(t[i], tuple(t[:i]))) for t in ([SOS, 3, EOS], [SOS, EOS]) for i in range(1, len(t))]
+    tokens = encode_sentences(["A", ""], AB)
+    assert perplexity(model.levels, tokens, V) == pytest.approx(math.exp(-sum(logs) / 3), rel=1e-5)
+    assert perplexity(model.levels, tokens[:3], V) == pytest.approx(math.exp(-sum(logs[:2]) / 2), rel=1e-5)
+
+
 def test_perplexity_counts_characters_and_eos():
     model, p = train(TEXT, order=3, characters=AB), brute_force(TEXT, AB, 3)
     for texts, count in ((["ABA", "B"], 6), (["ABA", "B", "B", "B"], 10)):

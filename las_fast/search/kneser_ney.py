@@ -6,7 +6,7 @@ las_fast.lm gives the formulas. An n-gram is a number in base V with its newest 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,7 @@ class Level:
 
 
 def check_order(order: int, V: int) -> None:
-    """Raise InputError if n-grams of this order over V tokens are not numbers of 64 bits, or the order is too high."""
+    """Raise InputError if the order is out of range or its n-grams of V tokens exceed 64 bits."""
     if not 1 <= order <= MAX_ORDER:
         raise InputError(f"--order must be from 1 to {MAX_ORDER}; got {order}")
     if V**order >= 2**63:
@@ -64,19 +64,28 @@ def encode_sentences(sentences: list[str], characters: str) -> np.ndarray:
 
 
 def count_ngrams(tokens: np.ndarray, V: int, order: int) -> list[Counts]:
-    """Count the n-grams of orders 1 to `order` in encoded sentences; <sos> only begins an n-gram."""
-    numbers, position = np.zeros(len(tokens), np.int64), _position(tokens)
-    counts = []
-    for k in range(1, order + 1):
-        numbers[k - 1 :] += tokens[: len(tokens) - k + 1] * np.int64(V ** (k - 1))
+    """Count the n-grams of orders 1 to `order` in encoded sentences. Their last token is not <sos>."""
+    position, counts = _position(tokens), []
+    for k, numbers in enumerate(_ngrams_at(tokens, V, order), 1):
         ngrams = numbers[(position >= k - 1) & (tokens != SOS)]
         ngrams.sort()
         counts.append(_count_equal(ngrams))
     return counts
 
 
+def _ngrams_at(tokens: np.ndarray, V: int, order: int) -> Iterator[np.ndarray]:
+    """Yield, for orders 1 to `order`, the n-gram (N,) that ends at each token; it may span sentences.
+
+    All are one array, which the next order changes.
+    """
+    numbers = np.zeros(len(tokens), np.int64)
+    for k in range(order):
+        numbers[k:] += tokens[: max(0, len(tokens) - k)] * np.int64(V**k)
+        yield numbers
+
+
 def _position(tokens: np.ndarray) -> np.ndarray:
-    """Return how many tokens precede each in its sentence, at most MAX_ORDER."""
+    """Return the number of tokens before each token in its sentence, at most MAX_ORDER."""
     index = np.arange(len(tokens))
     start = np.maximum.accumulate(np.where(tokens == SOS, index, 0))
     return np.minimum(index - start, MAX_ORDER).astype(np.int8)
@@ -104,7 +113,7 @@ def merge_counts(a: Counts, b: Counts) -> Counts:
 
 
 def count_weighted(parts: Iterable[tuple[np.ndarray, int]], V: int, order: int) -> list[Counts]:
-    """Count the n-grams of parts of a text; each counts as often as its weight says. Without parts: no n-grams."""
+    """Count the n-grams of the parts of a text, each times its weight. Without parts there are no n-grams."""
     none = np.zeros(0, np.int64), np.zeros(0, np.int64)
     total: list[Counts] = [none] * order
     for tokens, weight in parts:
@@ -114,9 +123,9 @@ def count_weighted(parts: Iterable[tuple[np.ndarray, int]], V: int, order: int) 
 
 
 def counts_of_all_orders(ngrams: np.ndarray, times: np.ndarray, V: int, order: int) -> list[Counts]:
-    """Return the n-grams of orders 1 to `order` of a text whose sentences begin with order-1 times <sos>.
+    """Return the n-grams of orders 1 to `order` from those of the highest, of sentences that begin with order-1 <sos>.
 
-    Only the counts of the highest order are those of the text; the others are 1.
+    The counts of lower orders are 1. `estimate` does not use them: every such n-gram has a token before it.
     """
     counts = [(ngrams, times)]
     for k in range(order - 1, 0, -1):
@@ -132,7 +141,7 @@ def estimate(counts: list[Counts], V: int, *, prune: int = 1) -> tuple[Level, ..
     """Estimate a model of V tokens from the counts of orders 1, 2, ...
 
     prune: n-grams of order PRUNED_FROM and above that occur less often are left out of the model. Their probability
-    goes to the back-off weight of their context. The discounts and the counts c(h .) include them.
+    goes to the back-off weight of their context. The discounts and c(h .) are computed before that.
     """
     levels: list[Level] = []
     for k, (ngrams, times) in enumerate(counts, 1):
@@ -198,10 +207,8 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
 
 def token_log_probs(levels: tuple[Level, ...], tokens: np.ndarray, V: int) -> np.ndarray:
     """Return the log-probability (M,) of each token of encoded sentences that is not <sos>, float64."""
-    numbers, position, scored = np.zeros(len(tokens), np.int64), _position(tokens), tokens != SOS
-    values = np.zeros(len(tokens))
-    for k, level in enumerate(levels, 1):
-        numbers[k - 1 :] += tokens[: len(tokens) - k + 1] * np.int64(V ** (k - 1))
+    position, scored, values = _position(tokens), tokens != SOS, np.zeros(len(tokens))
+    for k, (level, numbers) in enumerate(zip(levels, _ngrams_at(tokens, V, len(levels)), strict=True), 1):
         at = np.flatnonzero((position >= k - 1) & scored)
         found, index = find(level.ngrams, numbers[at])
         known, context = find(level.contexts, numbers[at] // V)
