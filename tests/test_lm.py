@@ -29,7 +29,7 @@ from las_fast.data.dataset import load_dataset
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.lm import read_texts, train
-from las_fast.ops import backends
+from las_fast.ops import backends, ngram_scores
 from las_fast.search import kneser_ney, ngram
 from las_fast.search.beam import beam_search, greedy_search
 from las_fast.search.kneser_ney import DEFAULT_DISCOUNTS, FORBIDDEN_LOG_PROB, encode_sentences, perplexity
@@ -269,7 +269,7 @@ def test_any_number_of_characters_can_be_saved(tmp_path, size, dtype):
     ]
 
 
-def save_counts(path, sentences, characters, order, **changes):
+def save_counts(path, sentences, characters, order, /, **changes):
     """Write format 1, whose sentences begin with order-1 times <sos>."""
     size, counts = len(Vocabulary(characters)), Counter()
     for text in sentences:
@@ -368,8 +368,15 @@ TRIE_DAMAGE = {
     "signed tokens": lambda t: t.update(tokens=t["tokens"].astype(np.int16)),
     "log-probabilities of 16 bits": lambda t: t.update(log_probs=t["log_probs"].astype(np.uint16)),
     "back-offs as floats": lambda t: t.update(backoffs=t["backoffs"].astype(np.float32)),
+    "sizes whose sum exceeds 64 bits": lambda t: changed(t, "sizes", slice(1, None), 2**62 + t["sizes"][1:] // 2),
+    "sizes as floats": lambda t: t.update(sizes=t["sizes"].astype(np.float32)),
+    "scales as integers": lambda t: t.update(scales=t["scales"].astype(np.int32)),
     "scales that are not finite": lambda t: changed(t, "scales", (1, 0), np.nan),
-    "log-probabilities that are not finite": lambda t: changed(t, "scales", (1, slice(None)), 3e38),
+    "log-probabilities that are infinite": lambda t: changed(t, "scales", (1, slice(None)), -np.inf),
+    "log-probabilities that overflow": lambda t: changed(t, "scales", (1, slice(None)), -3e38),
+    "log-probabilities below those of forbidden tokens": lambda t: changed(t, "scales", (2, 0), -1e5),
+    "positive log-probabilities": lambda t: changed(t, "scales", (2, 0), 0.01),
+    "positive back-offs": lambda t: changed(t, "scales", (2, 2), 0.01),
     "fewer scales": lambda t: t.update(scales=t["scales"][:, :3]),
     "a missing unigram": lambda t: changed(t, "tokens", 2, 4 * 3),
     "a token beyond the vocabulary": lambda t: changed(t, "tokens", V + 3, 4 * V + 1),
@@ -394,6 +401,62 @@ def test_a_file_with_inconsistent_numbers_is_refused_as_damaged(tmp_path, name):
     save_file(tensors, path, metadata)
     with pytest.raises(InputError, match="m.safetensors is damaged"):
         load_lm(path)
+
+
+def test_a_flipped_bit_is_an_error_or_leaves_a_model_that_can_be_searched(tmp_path, recwarn):
+    path = tmp_path / "m.safetensors"
+    save_lm(path, train(TEXT, order=4, characters=AB))
+    good, refused = path.read_bytes(), 0
+    for bit in range(0, 8 * len(good), 29):
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            model = load_lm(path).automaton()
+        except InputError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+        else:
+            log_probs = ngram_scores(model, torch.arange(len(model.rows))[:, None]).log_probs
+            assert torch.isfinite(log_probs).all() and (log_probs < 0.01).all()
+    assert refused > 100 and not recwarn.list
+
+
+def test_a_file_with_tensors_of_other_types_is_damaged(tmp_path):
+    path = tmp_path / "m.safetensors"
+    for model in ("counts", "trie"):
+        if model == "trie":
+            save_lm(path, train(TEXT, order=4, characters=AB))
+        else:
+            save_counts(path, TEXT, AB, 4)
+        good = path.read_bytes()
+        for integers, other in (
+            (b'"U8"', b'"F8_E4M3"'),
+            (b'"I64"', b'"F64"'),
+            (b'"I64"', b'"U64"'),
+            (b'"I32"', b'"F32"'),
+        ):
+            header = good[8 : 8 + int.from_bytes(good[:8], "little")]
+            changed = header.replace(integers, other)
+            path.write_bytes(len(changed).to_bytes(8, "little") + changed + good[8 + len(header) :])
+            if changed != header:
+                with pytest.raises(InputError, match="m.safetensors is damaged"):
+                    load_lm(path)
+
+
+def test_a_file_with_repeated_characters_is_damaged(tmp_path):
+    path = tmp_path / "m.safetensors"
+    for characters in ("AA ", ""):
+        save_counts(path, ["A"], AB, 2, characters=characters)
+        with pytest.raises(InputError, match="m.safetensors is damaged"):
+            load_lm(path)
+
+
+def test_a_model_from_a_file_of_counts_is_not_saved(tmp_path):
+    save_counts(tmp_path / "old.safetensors", TEXT, AB, 3)
+    with pytest.raises(InputError, match="read from a file of 'las_fast lm 1' cannot be saved; train it again"):
+        save_lm(tmp_path / "new.safetensors", load_lm(tmp_path / "old.safetensors"))
+    assert not (tmp_path / "new.safetensors").exists()
 
 
 def test_a_file_with_an_order_that_no_model_has_is_damaged(tmp_path):
@@ -429,6 +492,7 @@ def test_a_file_whose_ngrams_exceed_64_bits_is_damaged(tmp_path):
         (lambda b: b"text", "not a readable language model"),
         (lambda b: b.replace(b'"order":"3"', b'"order":"x"'), "not a readable language model"),
         (lambda b: b.replace(b'"order":"3"', b'"order":"0"'), "is damaged"),
+        (lambda b: b.replace(b'"order":', b'"orfer":'), "not a readable language model .it has no 'order'."),
         (lambda b: b.replace(b"las_fast lm 2", b"las_fast lm 9"), "not a language model of las_fast"),
     ],
 )

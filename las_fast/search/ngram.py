@@ -1,4 +1,4 @@
-"""A character n-gram model: its file, and the automaton that the beam search follows.
+"""Character n-gram models and their files.
 
 A file is in safetensors. Format 2, which save_lm writes, holds the n-grams of all orders as a trie, order by order,
 each order ascending. With N n-grams and M contexts of orders 2 and above:
@@ -19,8 +19,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -51,6 +52,8 @@ SMOOTHING = "interpolated modified Kneser-Ney"
 DEFAULT_ORDER = 5  # held-out perplexity on English for orders 3 to 6: 6.7, 4.9, 4.1, 3.8
 DEFAULT_WEIGHT = 0.1  # decoding.ngram_weight with --lm if the settings have none; the best of a few on AN4's dev split
 LARGEST_CODE = 255
+DTYPES = {"U8", "U16", "U32", "I32", "I64", "F32"}  # of the tensors of both formats; numpy lacks some of safetensors
+ROUNDING = 1e-3  # a log-probability of 0 may be read as a number between 0 and this
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class LanguageModel:
 def save_lm(path: Path, model: LanguageModel) -> None:
     """Write a model to one safetensors file, atomically. Log-probabilities and back-off weights are quantised.
 
-    The model must not come from a file of counts: its contexts of several <sos> are no n-grams.
+    Raises InputError if the file cannot be written, or if the model was read from a file of format 1.
     """
     from safetensors.numpy import save, save_file
 
@@ -98,36 +101,40 @@ def save_lm(path: Path, model: LanguageModel) -> None:
 
 
 def _pack(levels: tuple[Level, ...], V: int) -> dict[str, np.ndarray]:
-    tokens, log_probs, backoffs, scales = [], [], [], []
-    nodes_type = np.min_scalar_type(4 * V - 1)
+    nodes, log_probs, backoffs, scales = [], [], [np.zeros(0, np.uint8)], []
     for k, level in enumerate(levels, 1):
-        last = np.zeros(len(level.ngrams), np.int64)
-        last[starts(level.ngrams // V)[1:] - 1] = 1
-        last[-1:] = 1
-        continued = np.zeros(len(level.ngrams), np.int64)
-        if k < len(levels):
-            continued[np.searchsorted(level.ngrams, levels[k].contexts)] = 2
-        tokens.append((level.ngrams % V * 4 + continued + last).astype(nodes_type))
+        nodes.append(_nodes(level.ngrams, levels[k].contexts if k < len(levels) else np.zeros(0, np.int64), V))
         codes, scale = _quantise(level.log_probs, level.log_probs > FORBIDDEN_LOG_PROB)
-        weight_codes, weight_scale = _quantise(level.backoffs, np.ones(len(level.backoffs), bool))
+        backoff_codes, backoff_scale = _quantise(level.backoffs, np.ones(len(level.backoffs), bool))
         log_probs.append(codes)
-        backoffs += [weight_codes] if k > 1 else []
-        scales.append(scale + weight_scale)
-    none = np.zeros(0, np.uint8)
+        backoffs += [backoff_codes] if k > 1 else []
+        scales.append(scale + backoff_scale)
     return {
-        "tokens": np.concatenate(tokens),
+        "tokens": np.concatenate(nodes),
         "log_probs": np.concatenate(log_probs),
-        "backoffs": np.concatenate([none, *backoffs]),
+        "backoffs": np.concatenate(backoffs),
         "sizes": np.array([len(level.ngrams) for level in levels], np.int64),
         "scales": np.array(scales, np.float32),
     }
 
 
-def _quantise(values: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """Return codes (N,) uint8, and minimum and step of the values that count; the codes of others are arbitrary."""
-    if not counted.any():
+def _nodes(ngrams: np.ndarray, continued: np.ndarray, V: int) -> np.ndarray:
+    """Return the nodes (N,) of the n-grams of one order, of which longer ones continue some."""
+    is_ngram, index = find(ngrams, continued)
+    if not is_ngram.all():
+        raise InputError(f"a model read from a file of {COUNTS_FORMAT!r} cannot be saved; train it again from its text")
+    nodes = ngrams % V * 4
+    nodes[index] += 2
+    nodes[starts(ngrams // V)[1:] - 1] += 1
+    nodes[-1:] += 1
+    return nodes.astype(np.min_scalar_type(4 * V - 1))
+
+
+def _quantise(values: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """Return codes (N,) uint8, and the minimum and the step of the values where `used`; other codes are arbitrary."""
+    if not used.any():
         return np.zeros(len(values), np.uint8), (0.0, 0.0)
-    low, high = float(values[counted].min()), float(values[counted].max())
+    low, high = float(values[used].min()), float(values[used].max())
     step = (high - low) / LARGEST_CODE
     codes = np.rint((values - low) / (step or 1.0))
     return np.clip(codes, 0, LARGEST_CODE).astype(np.uint8), (low, step)
@@ -146,14 +153,15 @@ def load_lm(path: Path) -> LanguageModel:
                 raise InputError(f"{path} is not a language model of las_fast; make one with python -m las_fast.lm")
             order, characters = int(metadata["order"]), metadata["characters"]
             sentences = int(metadata["sentences"])
-            levels = READERS[metadata["format"]](file.get_tensor, order, len(Vocabulary(characters)))
+            _require(characters and len(set(characters)) == len(characters))
+            levels = READERS[metadata["format"]](partial(_tensor, file), order, len(Vocabulary(characters)))
     except _DamagedError:
         raise InputError(f"{path} is damaged: its numbers are inconsistent; make it or copy it again") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if plain_text.is_arpa_or_kenlm(path):
             problem = f"{path} is an n-gram model of another program, which las_fast cannot read"
             raise InputError(f"{problem}; train one on its text with python -m las_fast.lm") from None
-        reason = " ".join(str(error).split())
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise InputError(f"{path} is not a readable language model ({reason}); make it or copy it again") from None
     return LanguageModel(order, characters, levels, sentences)
 
@@ -164,7 +172,7 @@ def is_lm(path: Path) -> bool:
 
 
 class _DamagedError(Exception):
-    """Tensors of a file contradict each other."""
+    """The numbers of a file contradict each other, or are none of a model."""
 
 
 Tensors = Callable[[str], np.ndarray]
@@ -175,9 +183,16 @@ def _require(condition: object) -> None:
         raise _DamagedError
 
 
+def _tensor(file: Any, name: str) -> np.ndarray:
+    _require(file.get_slice(name).get_dtype() in DTYPES)
+    return file.get_tensor(name)
+
+
 def _read_counts(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
     """Read format 1 and estimate its model."""
-    ngrams, counts = (tensor(name).astype(np.int64) for name in ("ngrams", "counts"))
+    ngrams, counts = tensor("ngrams"), tensor("counts")
+    _require(ngrams.dtype.kind == counts.dtype.kind == "i")
+    ngrams, counts = ngrams.astype(np.int64), counts.astype(np.int64)
     _require(_is_possible(order, V) and ngrams.ndim == 1 and ngrams.shape == counts.shape and (counts >= 1).all())
     _require(not len(ngrams) or (ngrams[0] >= 0 and int(ngrams[-1]) < V**order and (np.diff(ngrams) > 0).all()))
     _require((ngrams % V > SOS).all())  # nothing predicts <pad> or <sos>
@@ -192,32 +207,32 @@ def _read_trie(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
     """Read format 2."""
     nodes, log_probs, backoffs, sizes, scales = map(tensor, ("tokens", "log_probs", "backoffs", "sizes", "scales"))
     _require(_is_possible(order, V) and sizes.shape == (order,) and scales.shape == (order, 4))
-    _require((sizes >= 0).all() and nodes.shape == log_probs.shape == (int(sizes.sum()),) and backoffs.ndim == 1)
-    _require(nodes.dtype.kind == "u" and log_probs.dtype == backoffs.dtype == np.uint8)
+    _require(sizes.dtype == np.int64 and scales.dtype == np.float32 and nodes.dtype.kind == "u")
+    _require((sizes >= 0).all() and nodes.shape == log_probs.shape == (sum(sizes.tolist()),))
+    _require(log_probs.dtype == backoffs.dtype == np.uint8 and backoffs.shape == (np.count_nonzero(nodes & 2),))
     levels: list[Level] = []
-    contexts, end, used = np.zeros(1, np.int64), 0, 0
+    contexts, end = np.zeros(1, np.int64), 0
     for k, (size, scale) in enumerate(zip(sizes.tolist(), scales, strict=True), 1):
-        part = nodes[end : end + size].astype(np.int64)
-        ngrams = _ngrams_of_nodes(part, contexts, V, first=0 if k == 1 else SOS + 1)
-        values = _dequantise(log_probs[end : end + size], *scale[:2])
-        weights = np.zeros(1, np.float32)
+        begin, end = end, end + size
+        ngrams = _ngrams_of_nodes(nodes[begin:end].astype(np.int64), contexts, V, first=0 if k == 1 else SOS + 1)
+        values, weights = _dequantise(log_probs[begin:end], *scale[:2]), np.zeros(1, np.float32)
         if k == 1:
             _require(np.array_equal(ngrams, np.arange(V)))
             values[[PAD, SOS]] = FORBIDDEN_LOG_PROB
         else:
-            _require(find(levels[-1].ngrams, ngrams % V ** (k - 1))[0].all() and used + len(contexts) <= len(backoffs))
-            weights = _dequantise(backoffs[used : used + len(contexts)], *scale[2:])
-            used += len(contexts)
+            _require(find(levels[-1].ngrams, ngrams % V ** (k - 1))[0].all())
+            weights, backoffs = _dequantise(backoffs[: len(contexts)], *scale[2:]), backoffs[len(contexts) :]
         levels.append(Level(ngrams, values, contexts, weights))
-        contexts, end = ngrams[part & 2 != 0], end + size
-    _require(not len(contexts) and used == len(backoffs))
+        contexts = ngrams[nodes[begin:end] & 2 != 0]
+    _require(not len(contexts))
     return tuple(levels)
 
 
 def _dequantise(codes: np.ndarray, low: np.float32, step: np.float32) -> np.ndarray:
-    with np.errstate(over="ignore"):
+    """Return log-probabilities or back-off weights; both are at most 0."""
+    with np.errstate(over="ignore", invalid="ignore"):
         values = low + step * codes.astype(np.float32)
-    _require(np.isfinite(values).all())
+    _require(((values > FORBIDDEN_LOG_PROB) & (values < ROUNDING)).all())
     return values
 
 
