@@ -10,13 +10,13 @@ language modeling", section 3). With h' the context h without its oldest token, 
     p(w | h) = p(w | h')  if h never occurs;    the p of order 0 is uniform over <eos> and the characters
     D(1) = 1 - 2 Y n2 / n1,  D(2) = 2 - 3 Y n3 / n2,  D(3 and more) = 3 - 4 Y n4 / n3,  Y = n1 / (n1 + 2 n2)
 
-At the highest order, and for n-grams that begin a sentence, c counts occurrences in the text; at lower orders, the
-distinct tokens before the n-gram. n_i is the number of n-grams of an order with count i. A sentence begins with <sos>
-and ends with <eos>.
+A sentence begins with <sos> and ends with <eos>. At the highest order, and for n-grams that begin with <sos>, c counts
+occurrences in the text; at lower orders, the distinct tokens before the n-gram. n_i is the number of n-grams of an
+order with count i.
 
 --prune N leaves out n-grams of 4 and more tokens that occur fewer than N times. Their probability goes to shorter ones.
---weights counts a text several times. --exclude leaves out every sentence that shares six words in a row with another
-text, so that a model can be tuned on that text.
+--weights counts each text several times. --exclude leaves out every sentence that overlaps with a text that the model
+is to be tuned or tested on: it is one of its sentences, or has six words in a row in common with one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import argparse
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,13 @@ from las_fast.search.kneser_ney import (
     merge_counts,
     perplexity,
 )
-from las_fast.search.ngram import DEFAULT_ORDER, LanguageModel, is_lm, load_lm, save_lm
+from las_fast.search.ngram import DEFAULT_ORDER, LanguageModel, is_lm, save_lm
 from las_fast.text import CHARACTERS, Vocabulary, has_lost_digits, normalise_text
 
 HELD_OUT_ONE_IN = 20  # one sentence in 20 is held out to measure the perplexity
 SENTENCES_PER_PASS = 20000  # encoded at once
-COMMON_WORDS = 6  # a sentence with this many words in a row in common with an excluded text is left out
+COMMON_WORDS = 6  # sentences with this many words in a row in common overlap
+MAX_WEIGHT = 1_000_000  # so that counts stay far below 64 bits
 Tokens = dict[int, list[np.ndarray]]  # encoded sentences by weight
 
 
@@ -73,10 +75,11 @@ def train(
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 
-def read_texts(source: Path, split: str = "") -> Iterator[str]:
+def read_texts(source: Path, split: str = "", *, option: str = "--split") -> Iterator[str]:
     """Yield the unmodified sentences of a file or folder; the module docstring lists the layouts.
 
     split: of an archive, a LibriSpeech folder or a manifest; empty: all of its training splits.
+    option: that names the split, for errors.
     """
     from las_fast.data import folders, hw4p2, kaldi, librispeech, plain_text, tables
 
@@ -85,7 +88,7 @@ def read_texts(source: Path, split: str = "") -> Iterator[str]:
     elif kaldi.is_text(source):
         yield from (text for _, _, text in kaldi.read_table(source))
     elif source.is_dir() or source.suffix.lower() in tables.SUFFIXES:
-        yield from _read_corpus(source, split)
+        yield from _read_corpus(source, split, option)
     elif source.name.lower().endswith(".trans.txt"):
         yield from (text for _, text in librispeech.read_transcripts(source))
     else:
@@ -93,11 +96,11 @@ def read_texts(source: Path, split: str = "") -> Iterator[str]:
         yield from plain_text.sentences(source, folders.read_lines(source))
 
 
-def _read_corpus(root: Path, split: str) -> Iterator[str]:
+def _read_corpus(root: Path, split: str, option: str) -> Iterator[str]:
     from las_fast.data.hw4p2 import read_transcript
     from las_fast.data.layouts import open_corpus
 
-    corpus = open_corpus(root)
+    corpus = replace(open_corpus(root), split_options=option)
     for name in corpus.resolve(split or "train"):
         for utterance in corpus.utterances(name):
             text = utterance.transcript
@@ -106,16 +109,16 @@ def _read_corpus(root: Path, split: str) -> Iterator[str]:
 
 
 class Sentences:
-    """The sentences of several sources with their weights, mapped onto the characters and without those of `excluded`.
+    """The sentences of several sources, mapped onto the characters, and the weights of their sources.
 
-    Counts what is kept and what is left out.
+    Sentences that contain digits, have none of the characters or overlap with `excluded` are left out, and counted.
     """
 
     def __init__(self, sources: list[Path], characters: str, split: str, weights: list[int] | None = None,
                  excluded: Excluded | None = None):  # fmt: skip
         self.sources, self.characters, self.split = sources, characters, split
         self.weights, self.excluded = weights or [1] * len(sources), excluded
-        self.kept = self.letters = self.with_digits = self.unmapped = self.in_common = 0
+        self.kept = self.letters = self.with_digits = self.unmapped = self.overlapping = 0
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         pairs = zip(self.sources, self.weights, strict=True)
@@ -128,8 +131,8 @@ class Sentences:
                 self.with_digits += 1
             elif not mapped:
                 self.unmapped += 1
-            elif self.excluded and self.excluded.shares(mapped):
-                self.in_common += 1
+            elif self.excluded and self.excluded.overlaps(mapped):
+                self.overlapping += 1
             else:
                 self.kept, self.letters = self.kept + 1, self.letters + len(mapped)
                 yield mapped, weight
@@ -139,13 +142,13 @@ class Sentences:
         if self.kept:
             return
         sources, digits, unmapped = ", ".join(map(str, self.sources)), self.with_digits, self.unmapped
-        if not (digits or unmapped or self.in_common):
+        if not (digits or unmapped or self.overlapping):
             raise InputError(f"there is no sentence in {sources}; give text with one sentence per line")
-        if not (unmapped or self.in_common):
+        if not (unmapped or self.overlapping):
             raise InputError(f"all {digits} sentences of {sources} contain digits; write them as words")
         reasons = [f"{digits} contain digits, which must be written as words"] if digits else []
         reasons += [f"{unmapped} have none of the characters {self.characters!r}"] if unmapped else []
-        reasons += [f"{self.in_common} share words with the excluded texts"] if self.in_common else []
+        reasons += [f"{self.overlapping} overlap with the texts of --exclude"] if self.overlapping else []
         advice = "give other text, or --characters" if unmapped else "give other text"
         raise InputError(f"no sentence of {sources} can be used: {', and '.join(reasons)}; {advice}")
 
@@ -159,16 +162,27 @@ def map_text(text: str, characters: str) -> str | None:
 
 
 class Excluded:
-    """Sentences that training texts must not share: whole, or COMMON_WORDS words in a row."""
+    """The sentences that the text of a model must not overlap with."""
 
     def __init__(self, texts: Iterable[str], characters: str):
-        mapped = [text for text in (map_text(text, characters) for text in texts) if text]
+        mapped = [map_text(text, characters) or normalise_text(text, characters) for text in texts]
         self.sentences = {" ".join(text.split()) for text in mapped}
         self.runs = {run for text in mapped for run in word_runs(text)}
 
-    def shares(self, text: str) -> bool:
-        """Return whether a sentence is one of these, or has a run of words in common with one."""
+    def overlaps(self, text: str) -> bool:
+        """Return whether a sentence is one of these, or has COMMON_WORDS words in a row in common with one."""
         return " ".join(text.split()) in self.sentences or not self.runs.isdisjoint(word_runs(text))
+
+
+def read_excluded(sources: list[Path], split: str, characters: str) -> Excluded | None:
+    """Read the texts of --exclude; None if there are none. Raises InputError if one has no sentence."""
+    texts = []
+    for source in sources:
+        sentences = list(read_texts(source, split, option="--exclude-split"))
+        if not any(normalise_text(text, characters) for text in sentences):
+            raise InputError(f"there is no sentence in {source}; give --exclude texts with one sentence per line")
+        texts += sentences
+    return Excluded(texts, characters) if texts else None
 
 
 def word_runs(text: str) -> Iterator[tuple[str, ...]]:
@@ -216,12 +230,10 @@ def parser() -> Parser:
         "--prune", type=int, default=1, metavar="N",
         help="leave out n-grams of 4 and more tokens that occur fewer than N times (default: 1, none)",
     )  # fmt: skip
-    parser.add_argument(
-        "--weights", type=int, nargs="+", metavar="W", help="how often to count each TEXT (default: once)"
-    )
+    parser.add_argument("--weights", type=int, nargs="+", metavar="W", help="times to count each TEXT (default: 1)")
     parser.add_argument(
         "--exclude", type=as_path, nargs="+", default=[], metavar="TEXT",
-        help=f"leave out sentences that share {COMMON_WORDS} words in a row with these texts",
+        help=f"leave out sentences of these texts, and those with {COMMON_WORDS} words in a row in common with them",
     )  # fmt: skip
     parser.add_argument(
         "--exclude-split", default="dev", help="split of each corpus that --exclude names (default: dev)"
@@ -236,15 +248,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     V = len(Vocabulary(options.characters))
     check_options(options, V)
-    excluded = None
-    if options.exclude:
-        texts = (text for source in options.exclude for text in read_texts(source, options.exclude_split))
-        excluded = Excluded(texts, options.characters)
+    excluded = read_excluded(options.exclude, options.exclude_split, options.characters)
     sentences = Sentences(options.texts, options.characters, options.split, options.weights, excluded)
     kept, held_out = encode_held_out(sentences, options.characters)
     sentences.check_kept()
     counts = count(kept, V, options.order)
-    lines = describe(sentences)
+    lines = describe_text(sentences)
     if kept and held_out:
         tokens = np.concatenate([part for parts in held_out.values() for part in parts])
         value = perplexity(estimate(counts, V, prune=options.prune), tokens, V)
@@ -252,11 +261,10 @@ def main(argv: list[str] | None = None) -> None:
         lines.append(("perplexity", f"{value:.3f} per character on {without}"))
     counts = list(itertools.starmap(merge_counts, zip(counts, count(held_out, V, options.order), strict=True)))
     levels = estimate(counts, V, prune=options.prune)
-    save_lm(options.out, LanguageModel(options.order, options.characters, levels, sentences=sentences.kept))
-    lines += [
-        ("order", f"{options.order}: {load_lm(options.out).ngrams} n-grams"),
-        ("written", f"{options.out} ({options.out.stat().st_size / 1e6:.2f} MB)"),
-    ]
+    model = LanguageModel(options.order, options.characters, levels, sentences=sentences.kept)
+    save_lm(options.out, model)
+    size = options.out.stat().st_size / 1e6
+    lines += [("order", describe_order(model)), ("written", f"{options.out} ({size:.2f} MB)")]
     print("\n".join(f"{name:<12}{value}" for name, value in lines))
 
 
@@ -267,20 +275,27 @@ def check_options(options: argparse.Namespace, V: int) -> None:
         raise InputError(f"--prune must be at least 1; got {options.prune}")
     if options.weights and len(options.weights) != len(options.texts):
         raise InputError(f"--weights must be one number per TEXT, {len(options.texts)}; got {len(options.weights)}")
-    if low := [weight for weight in options.weights or [] if weight < 1]:
-        raise InputError(f"--weights must be at least 1; got {low[0]}; leave the text out instead")
+    if wrong := [weight for weight in options.weights or [] if not 1 <= weight <= MAX_WEIGHT]:
+        advice = "; leave the text out instead" if wrong[0] < 1 else ""
+        raise InputError(f"--weights must be from 1 to {MAX_WEIGHT}; got {wrong[0]}{advice}")
     kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "may_replace": is_lm}
     prepare_output_file(options.out, "--out", inputs=[*options.texts, *options.exclude], **kind)
 
 
-def describe(sentences: Sentences) -> list[tuple[str, str]]:
+def describe_text(sentences: Sentences) -> list[tuple[str, str]]:
     """Return the printed lines about the text."""
     lines = [("text", f"{sentences.kept} sentences, {sentences.letters} characters")]
     if sentences.with_digits:
         lines.append(("left out", f"{sentences.with_digits} sentences with digits; write them as words"))
-    if sentences.in_common:
-        lines.append(("left out", f"{sentences.in_common} sentences that share words with the excluded texts"))
+    if sentences.overlapping:
+        lines.append(("left out", f"{sentences.overlapping} sentences that overlap with the texts of --exclude"))
     return lines
+
+
+def describe_order(model: LanguageModel) -> str:
+    """Return the printed order, the number of n-grams, and how long they are if none is as long as the order."""
+    longest = max(k for k, level in enumerate(model.levels, 1) if len(level.ngrams))
+    return f"{model.order}: {model.ngrams} n-grams" + (f" of up to {longest} tokens" if longest < model.order else "")
 
 
 if __name__ == "__main__":

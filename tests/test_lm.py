@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -621,6 +622,15 @@ def test_the_command_prints_perplexity_order_and_size(tmp_path, capsys):
         assert equal_models(model, train(text, order=order, prune=prune))
 
 
+def test_the_command_says_how_long_the_ngrams_are_if_shorter_than_the_order(tmp_path, capsys):
+    model = make(tmp_path, "--order", "6", "--prune", "9" * 30, text="ONE\nTWO\n")
+    assert f"order       6: {model.ngrams} n-grams of up to 3 tokens\n" in capsys.readouterr().out
+    assert [len(level.ngrams) for level in model.levels] == [31, 8, 6, 0, 0, 0]
+    weighted = make(tmp_path, "--order", "6", "--weights", "1000000", text="ONE\nTWO\n")
+    assert f"order       6: {weighted.ngrams} n-grams of up to 5 tokens\n" in capsys.readouterr().out
+    assert [len(level.ngrams) for level in weighted.levels] == [31, 8, 6, 4, 2, 0]
+
+
 def test_texts_count_as_often_as_their_weights_say(tmp_path):
     for name, text in (("a", "AB AB\nBA\n"), ("b", "BBA\n")):
         (tmp_path / f"{name}.txt").write_text(text)
@@ -631,27 +641,30 @@ def test_texts_count_as_often_as_their_weights_say(tmp_path):
     assert not equal_models(load_lm(out), train(["AB AB", "BA", "BBA"], order=3))
 
 
-def test_sentences_that_share_six_words_with_excluded_texts_are_left_out(tmp_path, capsys):
-    dev = "one two three four five six seven\nso it is\n"
+def test_sentences_that_overlap_with_excluded_texts_are_left_out(tmp_path, capsys):
+    dev = "one two three four five six seven\nso it is\nin 1997 a b c d e f\n"
     (tmp_path / "dev.txt").write_text(dev)
     kept = ["ONE TWO THREE FOUR FIVE SEVEN SIX", "SO IT IS NOT", "IT IS", "TWO THREE FOUR FIVE SIX"]
-    left_out = ["well two three four five six seven", "So it is!", "one two three four five six, too"]
+    left_out = ["well two three four five six seven", "So  it is!", "one two three four five six, too", "a b c d e f"]
     model = make(tmp_path, "--order", "3", "--exclude", str(tmp_path / "dev.txt"), text="\n".join(kept + left_out))
     assert equal_models(model, train(kept, order=3)) and model.sentences == len(kept)
-    assert "left out    3 sentences that share words with the excluded texts" in capsys.readouterr().out
+    assert "left out    4 sentences that overlap with the texts of --exclude" in capsys.readouterr().out
 
 
 def test_the_excluded_split_of_a_corpus_is_dev(tmp_path):
     manifest = make_manifest(tmp_path / "data")
     out = tmp_path / "lm.safetensors"
     dev = list(read_texts(manifest, "dev"))
-    message = "can be used: [0-9]+ share words with the excluded texts; give other text$"
+    message = "can be used: [0-9]+ overlap with the texts of --exclude; give other text$"
     with pytest.raises(InputError, match=message):
         lm.main([str(manifest), "--split", "dev", "--out", str(out), "--exclude", str(manifest)])
     lm.main(
         [str(manifest), "--split", "dev", "--out", str(out), "--exclude", str(manifest), "--exclude-split", "train"]
     )
     assert load_lm(out).sentences <= len(dev)
+    for name in ("--split", "--exclude-split"):
+        with pytest.raises(InputError, match=rf"has no split 'gone'; it has train, dev; give one of these \({name}\)"):
+            lm.main([str(manifest), "--out", str(out), "--exclude", str(manifest), name, "gone"])
 
 
 @pytest.mark.parametrize(
@@ -670,8 +683,10 @@ def test_the_excluded_split_of_a_corpus_is_dev(tmp_path):
         (["--order", "12", "--characters", lm.CHARACTERS + "012345678"], "A", "order 12 over 40 tokens exceed 64 bits"),
         (["--prune", "0"], "A", "--prune must be at least 1; got 0"),
         (["--weights", "1", "2"], "A", "--weights must be one number per TEXT, 1; got 2"),
-        (["--weights", "0"], "A", "--weights must be at least 1; got 0; leave the text out instead"),
+        (["--weights", "0"], "A", "--weights must be from 1 to 1000000; got 0; leave the text out instead"),
+        (["--weights", "1000001"], "A", "--weights must be from 1 to 1000000; got 1000001\n"),
         (["--exclude", "gone.txt"], "A", "gone.txt"),
+        (["--exclude", os.devnull], "A", f"there is no sentence in {os.devnull}; give --exclude texts with one"),
         (["--characters", "AA"], "A", "distinct characters"),
         (["--out", "."], "A", "--out . is a folder"),
     ],

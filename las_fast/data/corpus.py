@@ -54,6 +54,7 @@ class Corpus:
     numbered: bool = False  # the submission's first column counts rows from 0 instead of naming the utterance
     expected_texts: str = "one text per recording"  # for errors: where the transcripts should be
     split_remedy: str = "name one of its folders after it"  # for errors: how to add a missing split
+    split_options: str = "--split, in training --data.train and --data.dev"  # for errors
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -102,7 +103,7 @@ class Corpus:
     def _missing(self, part: str) -> str:
         roles = [f"{role} ({', '.join(names)})" for role, names in self.roles.items() if names != (role,)]
         available = ", ".join([*self.listings, *roles])
-        remedy = "give one of these (--split, in training --data.train and --data.dev)"
+        remedy = f"give one of these ({self.split_options})"
         if part in ROLES:
             remedy += f", or {self.split_remedy}"
         near = difflib.get_close_matches(part, [*self.listings, *self.roles], 1)
