@@ -90,10 +90,10 @@ def measure(loaded: Loaded, dataset: SpeechDataset, settings: dict[str, Decoding
     """Yield a row per setting and part: the last columns of COLUMNS, from part to other_alone.
 
     Args:
-        settings:    decoding settings by name.
-        ngram: see load_ngram_model.
-        groups:      utterance indices of each part.
-        backend:     see beam_search.
+        settings: decoding settings by name.
+        ngram:    see load_ngram_model.
+        groups:   utterance indices of each part.
+        backend:  see beam_search.
     """
     batched = decode_grid(loaded, dataset, list(settings.values()), ngram, "cpu", backend)
     one_by_one = [replace(decoding, frames_per_batch=1) for decoding in settings.values()]

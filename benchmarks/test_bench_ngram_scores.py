@@ -26,8 +26,8 @@ def dense(model):
     """Return the next states and the log-probabilities of every state, (S, V) each: the fastest plain look-up."""
     S, V = len(model.rows), model.vocabulary_size
     every_state = torch.arange(S)[:, None].expand(S, V).contiguous()
-    every_token, own_place = torch.arange(V).expand(S, V).contiguous(), torch.arange(V).expand(S, V).contiguous()
-    following = ngram_scores(model, every_state, parents=own_place, tokens=every_token).states
+    every_token = torch.arange(V).expand(S, V).contiguous()  # and the parents: each beam continues itself
+    following = ngram_scores(model, every_state, parents=every_token, tokens=every_token).states
     return following, ngram_scores(model, torch.arange(S)[:, None]).log_probs[:, 0]
 
 

@@ -62,8 +62,7 @@ class SearchWorker {
     std::fill_n(slot.state_rows.begin(), K, live_.initial_state());
     if (arguments_.coverage_weight != 0.0f) slot.attention_sums.assign(K * n, 0.0f);
     if (arguments_.ctc_log_probs) slot.prefixes.start(arguments_, b, speller_.V);
-    if (arguments_.ngram_rows)
-      slot.ngram_scores.start(arguments_.ngram_model(speller_.V), K, arguments_.ngram_start);
+    if (arguments_.ngram_rows) slot.ngram_scores.start(arguments_.ngram_model(speller_.V), K, arguments_.ngram_start);
   }
 
   // Replace the beams of slot s by their best continuations, and add the step to `history`.

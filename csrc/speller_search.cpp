@@ -174,9 +174,8 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
                      const at::Tensor& max_lengths, double length_penalty, double eos_threshold,
                      double coverage_weight, const std::optional<at::Tensor>& ngram_rows,
                      const std::optional<at::Tensor>& ngram_arcs, int64_t ngram_order, int64_t ngram_start,
-                     double ngram_weight,
-                     const std::optional<at::Tensor>& ctc_log_probs, double ctc_weight, c10::string_view precision,
-                     const std::optional<at::Tensor>& packed) {
+                     double ngram_weight, const std::optional<at::Tensor>& ctc_log_probs, double ctc_weight,
+                     c10::string_view precision, const std::optional<at::Tensor>& packed) {
   const SpellerWeights weights(list);
   check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, min_lengths, max_lengths, ngram_rows,
         ngram_arcs, ngram_order, ngram_start, ctc_log_probs);

@@ -1,8 +1,8 @@
 """Scores of an n-gram model on a GPU. las_fast/ops/ngram_scores.py defines the operation and the layout of the model.
 
 One program per hypothesis follows its token and scores its continuations. Each lane has one token, and walks from state
-to state until one has an arc of it. Most lanes are in the same state, so their loads are one. Bytes: at most `order`
-rows of the model per hypothesis, an arc per token, and the log-probabilities, which are written once.
+to state until one has an arc of it. Lanes in the same state load the same row. Bytes: at most `order` rows of the model
+per hypothesis, an arc per token, and the log-probabilities, which are written once.
 """
 
 from __future__ import annotations

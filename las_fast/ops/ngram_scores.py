@@ -113,15 +113,15 @@ def ngram_scores(
 
     Args:
         model:   the automaton.
-        states:  (B, K) int64 before the step. On the CPU a state outside the model raises RuntimeError; Triton clamps
-                 it: a kernel cannot raise.
+        states:  (B, K) int64 before the step, 0 to S-1.
         parents: (B, K) int64, the beams continued, 0 to K-1; None: each continues itself.
         tokens:  (B, K) int64, the tokens taken, 0 to V-1; None: no token is taken.
         backend: "auto", "reference", "triton" or "cpp".
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or only one of parents and tokens is given.
-        RuntimeError: the named backend is not available here; in C++, a state, parent or token is out of range.
+        RuntimeError: the named backend is not available here; in C++, a state, parent or token is out of range. Triton
+            clamps them, because a kernel cannot raise; the reference does not check them.
     """
     _check(model, states, parents, tokens)
     chosen = backends.choose("ngram_scores", backend, states.device)
