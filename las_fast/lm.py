@@ -165,8 +165,8 @@ class Excluded:
     """The sentences that the text of a model must not overlap with."""
 
     def __init__(self, texts: Iterable[str], characters: str):
-        mapped = [map_text(text, characters) or normalise_text(text, characters) for text in texts]
-        self.sentences = {" ".join(text.split()) for text in mapped}
+        mapped = [normalise_text(text, characters) for text in texts]
+        self.sentences = set(mapped)
         self.runs = {run for text in mapped for run in word_runs(text)}
 
     def overlaps(self, text: str) -> bool:

@@ -390,18 +390,33 @@ TRIE_DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", TRIE_DAMAGE)
-def test_a_file_with_inconsistent_numbers_is_refused_as_damaged(tmp_path, name):
+BIGRAM_DAMAGE = {
+    "<sos> after a context": lambda t: changed(t, "tokens", V, 4 * SOS + 1),
+    "<pad> after a context": lambda t: changed(t, "tokens", V, 4 * PAD + 1),
+    "a token beyond the vocabulary": lambda t: changed(t, "tokens", -1, 4 * V + 1),
+    "unigrams without <pad>": lambda t: t.update(
+        tokens=t["tokens"][1:], log_probs=t["log_probs"][1:], sizes=t["sizes"] - [1, 0]
+    ),
+    "longer n-grams than the order": lambda t: t.update(
+        tokens=np.append(t["tokens"][:-1], t["tokens"][-1] | 2), backoffs=np.append(t["backoffs"], np.uint8(0))
+    ),
+}
+DAMAGE = [(3, change) for change in TRIE_DAMAGE.values()] + [(2, change) for change in BIGRAM_DAMAGE.values()]
+
+
+@pytest.mark.parametrize(("order", "change"), DAMAGE, ids=[*TRIE_DAMAGE, *BIGRAM_DAMAGE])
+def test_a_file_with_inconsistent_numbers_is_refused_as_damaged(tmp_path, recwarn, order, change):
     path = tmp_path / "m.safetensors"
-    save_lm(path, train(["AB", "AAB"], order=3, characters=AB))  # of order 2: <sos>A, AA, AB, B<eos>
+    save_lm(path, train(["AB", "AAB"], order=order, characters=AB))  # of order 2: <sos>A, AA, AB, B<eos>
     with safe_open(path, framework="np") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key).copy() for key in file.keys()}  # noqa: SIM118
     save_file(tensors, path, metadata)
     load_lm(path)
-    TRIE_DAMAGE[name](tensors)
+    change(tensors)
     save_file(tensors, path, metadata)
     with pytest.raises(InputError, match="m.safetensors is damaged"):
         load_lm(path)
+    assert not recwarn.list
 
 
 def test_a_flipped_bit_is_an_error_or_leaves_a_model_that_can_be_searched(tmp_path, recwarn):
@@ -471,6 +486,17 @@ def test_a_file_with_an_order_that_no_model_has_is_damaged(tmp_path):
         else:
             with pytest.raises(InputError, match="m.safetensors is damaged"):
                 load_lm(path)
+
+
+def test_a_trie_of_a_higher_order_than_any_model_is_damaged(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_lm(path, train(["AB"], order=12, characters=AB))
+    with safe_open(path, framework="np") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors |= {"sizes": np.append(tensors["sizes"], 0), "scales": np.pad(tensors["scales"], ((0, 1), (0, 0)))}
+    save_file(tensors, path, metadata | {"order": "13"})
+    with pytest.raises(InputError, match="m.safetensors is damaged"):
+        load_lm(path)
 
 
 def test_a_file_whose_ngrams_exceed_64_bits_is_damaged(tmp_path):
@@ -616,7 +642,7 @@ def test_the_command_prints_perplexity_order_and_size(tmp_path, capsys):
         message = capsys.readouterr().out
         assert f"text        {len(text)} sentences, {sum(map(len, text))} characters" in message
         assert f"perplexity  {expected:.3f} per character" in message and "left out" not in message
-        assert f"order       {order}: {model.ngrams} n-grams" in message
+        assert f"order       {order}: {model.ngrams} n-grams\n" in message
         size = (tmp_path / "lm.safetensors").stat().st_size / 1e6
         assert f"lm.safetensors ({size:.2f} MB)" in message
         assert equal_models(model, train(text, order=order, prune=prune))
@@ -649,6 +675,20 @@ def test_sentences_that_overlap_with_excluded_texts_are_left_out(tmp_path, capsy
     model = make(tmp_path, "--order", "3", "--exclude", str(tmp_path / "dev.txt"), text="\n".join(kept + left_out))
     assert equal_models(model, train(kept, order=3)) and model.sentences == len(kept)
     assert "left out    4 sentences that overlap with the texts of --exclude" in capsys.readouterr().out
+
+
+def test_an_excluded_text_without_a_sentence_is_an_error(tmp_path):
+    (tmp_path / "dev.txt").write_text("?\n")
+    with pytest.raises(InputError, match="there is no sentence in .*dev.txt; give --exclude texts with one sentence"):
+        make(tmp_path, "--exclude", str(tmp_path / "dev.txt"))
+
+
+def test_the_texts_are_not_overwritten(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.touch()
+    for argv in ([str(path)], [os.devnull, "--exclude", str(path)]):
+        with pytest.raises(InputError, match="x.safetensors is an input of this command"):
+            lm.main([*argv, "--out", str(path)])
 
 
 def test_the_excluded_split_of_a_corpus_is_dev(tmp_path):

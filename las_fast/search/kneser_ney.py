@@ -42,9 +42,14 @@ def check_order(order: int, V: int) -> None:
     """Raise InputError if the order is out of range or its n-grams of V tokens exceed 64 bits."""
     if not 1 <= order <= MAX_ORDER:
         raise InputError(f"--order must be from 1 to {MAX_ORDER}; got {order}")
-    if V**order >= 2**63:
-        fits = max(k for k in range(1, order) if V**k < 2**63)
-        raise InputError(f"n-grams of order {order} over {V} tokens exceed 64 bits; train with --order {fits} or less")
+    if order > max_order(V):
+        advice = f"train with --order {max_order(V)} or less"
+        raise InputError(f"n-grams of order {order} over {V} tokens exceed 64 bits; {advice}")
+
+
+def max_order(V: int) -> int:
+    """Return the highest order of a model of V tokens."""
+    return max(k for k in range(1, MAX_ORDER + 1) if V**k < 2**63)
 
 
 def encode_sentences(sentences: list[str], characters: str) -> np.ndarray:

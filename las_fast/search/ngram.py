@@ -31,11 +31,11 @@ from las_fast.files import safetensors_format, utf8_path
 from las_fast.search.automaton import build_automaton
 from las_fast.search.kneser_ney import (
     FORBIDDEN_LOG_PROB,
-    MAX_ORDER,
     Level,
     counts_of_all_orders,
     estimate,
     find,
+    max_order,
     starts,
 )
 from las_fast.text import PAD, SOS, Vocabulary
@@ -190,23 +190,17 @@ def _tensor(file: Any, name: str) -> np.ndarray:
 
 def _read_counts(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
     """Read format 1 and estimate its model."""
-    ngrams, counts = tensor("ngrams"), tensor("counts")
-    _require(ngrams.dtype.kind == counts.dtype.kind == "i")
-    ngrams, counts = ngrams.astype(np.int64), counts.astype(np.int64)
-    _require(_is_possible(order, V) and ngrams.ndim == 1 and ngrams.shape == counts.shape and (counts >= 1).all())
+    ngrams, counts = (tensor(name).astype(np.int64) for name in ("ngrams", "counts"))
+    _require(1 <= order <= max_order(V) and ngrams.ndim == 1 and ngrams.shape == counts.shape and (counts >= 1).all())
     _require(not len(ngrams) or (ngrams[0] >= 0 and int(ngrams[-1]) < V**order and (np.diff(ngrams) > 0).all()))
     _require((ngrams % V > SOS).all())  # nothing predicts <pad> or <sos>
     return estimate(counts_of_all_orders(ngrams, counts, V, order), V)
 
 
-def _is_possible(order: int, V: int) -> bool:
-    return 1 <= order <= MAX_ORDER and V**order < 2**63
-
-
 def _read_trie(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
     """Read format 2."""
     nodes, log_probs, backoffs, sizes, scales = map(tensor, ("tokens", "log_probs", "backoffs", "sizes", "scales"))
-    _require(_is_possible(order, V) and sizes.shape == (order,) and scales.shape == (order, 4))
+    _require(1 <= order <= max_order(V) and sizes.shape == (order,) and scales.shape == (order, 4))
     _require(sizes.dtype == np.int64 and scales.dtype == np.float32 and nodes.dtype.kind == "u")
     _require((sizes >= 0).all() and nodes.shape == log_probs.shape == (sum(sizes.tolist()),))
     _require(log_probs.dtype == backoffs.dtype == np.uint8 and backoffs.shape == (np.count_nonzero(nodes & 2),))
