@@ -184,8 +184,9 @@ class BiLstmBackward {
         pack_panel(gates, column, count, panel.data());
         add_bias(gates, column, count, to.bias + column);
         const auto rows = [&](const Matrix<float>& all) { return Matrix<float>{all.at(column), all.stride, count}; };
-        transposed_matmul({panel.data(), count}, inputs, accumulate, rows(to.input));
-        transposed_matmul({panel.data(), count}, states, accumulate, rows(to.recurrent));
+        const PanelRows<T> outputs(panel.data(), count, inputs.depth);
+        transposed_matmul(outputs, inputs, accumulate, rows(to.input));
+        transposed_matmul(outputs, states, accumulate, rows(to.recurrent));
       }
     });
   }

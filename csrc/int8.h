@@ -155,8 +155,37 @@ LAS_AVX512_VNNI void multiply_tile_int8(const Int8Rows& rows, int64_t row, const
 }
 #endif
 
+#ifdef LAS_AMX
+// Turn a row's sums of integers for the columns of a panel into its results.
+LAS_AMX inline void scale_sums(const int32_t* sums, const Int8Panels& weights, int64_t panel, float row_scale,
+                               const float* initial, float* out) {
+  for (int i = 0; i < COLUMNS; i += 16) {
+    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(weights.scales + panel + i), _mm512_set1_ps(row_scale));
+    const __m512 first = initial ? _mm512_loadu_ps(initial + i) : _mm512_setzero_ps();
+    const __m512i all = _mm512_add_epi32(_mm512_load_si512(sums + i), _mm512_loadu_si512(weights.sums + panel + i));
+    _mm512_storeu_ps(out + i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), scale, first));
+  }
+}
+
+LAS_AMX inline void matmul_amx(const Int8Rows& rows, const Int8Panels& weights, InitialSums initial,
+                               const Matrix<float>& out) {
+  const ByteRows bytes(rows.data, rows.stride, rows.count, weights.depth);
+  alignas(CACHE_LINE) int32_t sums[BLOCK_ROWS_AMX][COLUMNS];
+  for_each_block<int8_t>(
+      bytes, weights.data, weights.columns, [&](int64_t column, int64_t row, int64_t count, const auto& multiply) {
+        multiply(sums, sizeof sums[0], false);
+        for (int64_t i = 0; i < count; ++i)
+          scale_sums(sums[i], weights, column, rows.scales[row + i], initial ? initial[row + i] + column : nullptr,
+                     out.at(row + i, column));
+      });
+}
+#endif
+
 // rows: (M, depth of the panels). initial and out as in matmul.h.
 inline void matmul(const Int8Rows& rows, const Int8Panels& weights, InitialSums initial, const Matrix<float>& out) {
+#ifdef LAS_AMX
+  if (has_tiles()) return matmul_amx(rows, weights, initial, out);
+#endif
 #ifdef LAS_BF16_DOTS
   if (has_int8_dots()) {
     for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)

@@ -7,8 +7,8 @@
 // any batch.
 //
 // Weights and rows are float32 or bfloat16, sums float32. Panels of bfloat16 interleave pairs of k for the processor's
-// dot product. Without that instruction they are widened to float32 in registers; reading them still takes half the
-// bytes.
+// dot products: AMX tiles (amx.h) or AVX-512 vectors. Without these they are widened to float32 in registers; reading
+// them still takes half the bytes.
 
 #pragma once
 
@@ -19,6 +19,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "amx.h"
 #include "memory.h"
 #include "vector.h"
 
@@ -43,14 +44,36 @@ struct Panels {
   const T* at(int64_t column) const { return data + column * depth; }
 };
 
+// Unpack a panel of bfloat16 (depth / 2, COLUMNS, 2) as rows (COLUMNS, depth).
+inline RowBuffer<c10::BFloat16> unpack(const c10::BFloat16* panel, int64_t depth) {
+  RowBuffer<c10::BFloat16> rows(COLUMNS, depth);
+  dispatch_width([&](auto width) __attribute__((always_inline)) {
+    constexpr int W = width;  // pairs of k, and columns, at a time
+    for (int64_t k = 0; k < depth; k += 2 * W)
+      for (int64_t i = 0; i < COLUMNS; i += W) {
+        Float<W> pairs[W]{};
+        for (int64_t j = 0; j < W && k + 2 * j < depth; ++j)
+          std::memcpy(&pairs[j], panel + (k + 2 * j) * COLUMNS + 2 * i, sizeof pairs[j]);
+        transpose<W>(pairs);
+        for (int64_t j = 0; j < W; ++j) std::memcpy(rows.at(i + j) + k, &pairs[j], sizeof pairs[j]);
+      }
+  });
+  return rows;
+}
+
 // A panel of a packed matrix A (depth, count), whose columns serve as the rows of a matmul. With panels of B (depth,
-// columns), the product is A^T B, as in the gradient of a weight.
+// columns), the product is A^T B, as in the gradient of a weight. AMX needs these rows unpacked.
 template <class T>
 struct PanelRows {
+  PanelRows(const T* panel, int64_t count, int64_t depth) : data(panel), count(count) {
+    if constexpr (!std::is_same_v<T, float>)
+      if (has_tiles()) unpacked = unpack(panel, depth);
+  }
+  const T* at(int64_t row, int64_t k) const { return data + k * COLUMNS + row * DEPTH_INTERLEAVE<T>; }
+
   const T* data;
   int64_t count;
-
-  const T* at(int64_t row, int64_t k) const { return data + k * COLUMNS + row * DEPTH_INTERLEAVE<T>; }
+  RowBuffer<T> unpacked;  // (COLUMNS, depth) for AMX, else empty
 };
 
 // The position in the rows of a tile at depth k. One pointer serves three rows: the processor's addressing modes add
@@ -251,10 +274,39 @@ void portable_matmul(const RowSource& rows, const Weights& weights, InitialSums 
   });
 }
 
+#ifdef LAS_AMX
+template <class T>
+ByteRows byte_rows(const Matrix<T>& rows, int64_t depth) {
+  return {rows.data, rows.stride * int64_t(sizeof(T)), rows.count, depth * int64_t(sizeof(T))};
+}
+
+template <class T>
+ByteRows byte_rows(const PanelRows<T>& rows, int64_t depth) {
+  return byte_rows(rows.unpacked.rows(rows.count), depth);
+}
+
+template <class RowSource>
+LAS_AMX void matmul_amx(const RowSource& rows, const Panels<c10::BFloat16>& weights, InitialSums initial,
+                        const Matrix<float>& out) {
+  const ByteRows bytes = byte_rows(rows, weights.depth);
+  for_each_block<c10::BFloat16>(
+      bytes, weights.data, weights.columns, [&](int64_t column, int64_t row, int64_t count, const auto& multiply) {
+        for (int64_t i = 0; initial && i < count; ++i)
+          if (initial[row + i] != out.at(row + i))
+            std::copy_n(initial[row + i] + column, COLUMNS, out.at(row + i, column));
+        multiply(out.at(row, column), out.stride * int64_t(sizeof(float)), initial != nullptr);
+      });
+}
+#endif
+
 // rows: a Matrix or PanelRows (M, depth of the panels). initial: null, or (padded columns,) per row. out: (M, padded
 // columns); `initial` may point into it.
 template <class RowSource, class T>
 void matmul(const RowSource& rows, const Panels<T>& weights, InitialSums initial, const Matrix<float>& out) {
+#ifdef LAS_AMX
+  if constexpr (!std::is_same_v<T, float>)
+    if (has_tiles()) return matmul_amx(rows, weights, initial, out);
+#endif
 #ifdef LAS_BF16_DOTS
   if constexpr (!std::is_same_v<T, float>) {
     if (has_bf16_dots()) {

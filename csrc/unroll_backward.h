@@ -58,7 +58,8 @@ void weight_gradient_panel(const Matrix<T>& outputs, int64_t count, int64_t pane
                            int64_t rows, bool accumulate, T* scratch, const Matrix<float>& out) {
   const int64_t from = panel * COLUMNS, columns = std::min(COLUMNS, count - from);
   las::pack(static_cast<const T*>(outputs.at(0, from)), 1, outputs.stride, columns, rows, scratch);
-  transposed_matmul({scratch, columns}, inputs, accumulate, Matrix<float>{out.at(from), out.stride, columns});
+  const PanelRows<T> outputs_panel(scratch, columns, inputs.depth);
+  transposed_matmul(outputs_panel, inputs, accumulate, Matrix<float>{out.at(from), out.stride, columns});
 }
 
 // The gradient of a layer's weights: its output gradients (rows, output_size)^T times its inputs (rows, input_size).

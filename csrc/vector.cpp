@@ -1,4 +1,4 @@
-// A limit on the width of all vectors, for tests of what older processors run.
+// Limits on the instructions in use, for tests of what other processors run.
 
 #include "vector.h"
 
@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <utility>
+
+#include "amx.h"
 
 namespace {
 
@@ -15,6 +17,13 @@ int64_t limit_lanes(int64_t max_lanes) {
   return std::exchange(las::max_lanes, int(std::min<int64_t>(max_lanes, las::processor_lanes())));
 }
 
+// Allow AMX or not from now on; return whether it was allowed.
+bool allow_tiles(bool allowed) { return std::exchange(las::tiles_allowed, allowed); }
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) { m.def("limit_lanes(int max_lanes) -> int", &limit_lanes); }
+TORCH_LIBRARY_FRAGMENT(las_fast, m) {
+  m.def("limit_lanes(int max_lanes) -> int", &limit_lanes);
+  m.def("allow_tiles(bool allowed) -> bool", &allow_tiles);
+  m.def("has_tiles() -> bool", &las::has_tiles);
+}

@@ -151,6 +151,28 @@ LAS_INLINE Float<W> shuffle(Float<W> a, Float<W> b, std::integer_sequence<int, l
 #endif
 }
 
+// Interleave the lanes of a and b: those of their lower halves (PART 0) or of their upper halves (PART 1).
+template <int W, int PART, int... i>
+LAS_INLINE Float<W> zip(Float<W> a, Float<W> b, std::integer_sequence<int, i...>) {
+  return shuffle<W>(a, b, std::integer_sequence<int, (i / 2 + PART * W / 2 + i % 2 * W)...>{});
+}
+
+// Lane i of vector k becomes lane k of vector i. Each round rotates the bits of (k, i) by one.
+template <int W>
+LAS_INLINE void transpose(Float<W> (&x)[W]) {
+  constexpr auto all = std::make_integer_sequence<int, W>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    Float<W> y[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = zip<W, 0>(x[i], x[i + W / 2], all);
+      y[2 * i + 1] = zip<W, 1>(x[i], x[i + W / 2], all);
+    }
+    std::memcpy(x, y, sizeof x);
+  }
+}
+
 // In each group of four lanes: a0 b0 a1 b1 (PART 0) or a2 b2 a3 b3 (PART 1).
 template <int W, int PART, int... i>
 LAS_INLINE Float<W> interleave(Float<W> a, Float<W> b, std::integer_sequence<int, i...>) {

@@ -21,7 +21,6 @@ from las_fast.ops import backends
 from las_fast.ops.masks import padding_mask
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 
 def bilstm(
@@ -53,8 +52,6 @@ def bilstm(
     weights = [*forwards, *backwards]
     use_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     dtype = torch.bfloat16 if use_bf16 and x.device.type == "cpu" and x.dtype == torch.float32 else x.dtype
-    if backend == "auto" and dtype == torch.bfloat16 and HAS_AMX:
-        backend = "reference"  # oneDNN uses AMX tiles for bfloat16; the C++ does not
     chosen = backends.choose("bilstm", backend, x.device, dtype, {"cpp": _unsupported(weights)})
     if chosen == "reference":
         return _reference(x, lengths, forwards, backwards)

@@ -1,0 +1,163 @@
+// Matmuls by AMX, the tile registers of Intel's server processors since 2023. A tile holds up to 16 rows of 64 bytes.
+//
+// One instruction multiplies a tile of rows by a tile of weights (16 columns) over 64 bytes of depth, 32 values of
+// bfloat16 or 64 of int8, and adds the products to a tile of 16 x 16 sums. The panels of matmul.h and int8.h have the
+// layout it reads: the same 4 bytes of depth of all columns are consecutive. A row of sums does not depend on the other
+// rows.
+//
+// A block is 32 rows by one panel: tiles 0 to 3 hold its sums, 4 and 5 rows, 6 and 7 weights. GCC's intrinsics do not
+// say which memory they read, so a barrier precedes them.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "memory.h"
+#include "vector.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define LAS_AMX __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#endif
+
+namespace las {
+
+inline bool tiles_allowed = true;  // tests set it to false to run what processors without AMX run
+
+#ifndef LAS_AMX
+inline bool has_tiles() { return false; }
+#else
+// Ask Linux for the tile registers, which it saves only for processes that have asked.
+inline bool request_tiles() {
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+inline bool has_tiles() {
+  static const bool granted = request_tiles();
+  return granted && tiles_allowed && max_lanes >= 16;
+}
+
+constexpr int64_t AMX_ROWS = 16, AMX_BYTES = 64;   // of a tile
+constexpr int64_t BLOCK_ROWS_AMX = 2 * AMX_ROWS;
+constexpr int64_t PANEL_STRIDE = 4 * COLUMNS;                     // bytes between the rows of a tile of weights
+constexpr int64_t PANEL_STEP = AMX_ROWS * PANEL_STRIDE;           // bytes of a panel for one tile of depth
+
+// The operand of the instruction that sets the shapes of all tiles.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};  // per row
+  uint8_t rows[16] = {};
+};
+
+// Set the shapes for a block of `count` rows, and zero the tiles.
+LAS_AMX inline void configure_tiles(int64_t count) {
+  TileShapes shapes;
+  const auto upper = uint8_t(std::min(count, AMX_ROWS)), lower = uint8_t(std::max<int64_t>(count - AMX_ROWS, 1));
+  const uint8_t rows[] = {upper, upper, lower, lower, upper, lower, AMX_ROWS, AMX_ROWS};
+  for (int i = 0; i < 8; ++i) shapes.rows[i] = rows[i], shapes.bytes[i] = AMX_BYTES;
+  asm volatile("" : : : "memory");
+  _tile_loadconfig(&shapes);
+}
+
+// Rows of a matmul as bytes. What is left of the depth (in bytes, a multiple of 4) after the last whole tile is copied
+// and padded with zeros.
+struct ByteRows {
+  ByteRows(const void* from, int64_t stride, int64_t count, int64_t depth)
+      : data(static_cast<const char*>(from)), stride(stride), count(count), whole(depth / AMX_BYTES * AMX_BYTES),
+        rest(depth - whole), padded_rest(rest ? count * AMX_BYTES : 0) {
+    for (int64_t i = 0; rest && i < count; ++i) {
+      char* to = padded_rest.data() + i * AMX_BYTES;
+      std::memcpy(to, data + i * stride + whole, rest);
+      std::memset(to + rest, 0, AMX_BYTES - rest);
+    }
+  }
+
+  const char* data;
+  int64_t stride, count;
+  int64_t whole, rest;             // bytes of depth in whole tiles, and after them
+  AlignedArray<char> padded_rest;  // (count, AMX_BYTES) if rest > 0
+};
+
+// sums += rows * weights for one tile of depth. LOWER: the block has more than AMX_ROWS rows.
+template <class T, bool LOWER>
+LAS_AMX LAS_INLINE void multiply_tiles(const char* rows, int64_t stride, const char* weights) {
+  for (int64_t i = 0; i < PANEL_STEP; i += CACHE_LINE) __builtin_prefetch(weights + 2 * PANEL_STEP + i);
+#define LAS_DOT(sums, rows, weights)                                                   \
+  if constexpr (std::is_same_v<T, int8_t>) _tile_dpbusd(sums, rows, weights); /* rows are unsigned */ \
+  else _tile_dpbf16ps(sums, rows, weights)
+  _tile_loadd(4, rows, stride);
+  _tile_loadd(6, weights, PANEL_STRIDE);
+  LAS_DOT(0, 4, 6);
+  _tile_loadd(7, weights + AMX_BYTES, PANEL_STRIDE);
+  LAS_DOT(1, 4, 7);
+  if constexpr (LOWER) {
+    _tile_loadd(5, rows + AMX_ROWS * stride, stride);
+    LAS_DOT(2, 5, 6);
+    LAS_DOT(3, 5, 7);
+  }
+#undef LAS_DOT
+}
+
+// Compute the block of rows [row, row + count) and a panel of weights; `rest` holds the end of the panel, padded with
+// zeros. sums (count, COLUMNS) has 4-byte elements and rows that are `stride` bytes apart; the products are added to it
+// if `add`.
+template <class T, bool LOWER>
+LAS_AMX void multiply_block(const ByteRows& rows, int64_t row, const char* panel, const char* rest, char* sums,
+                            int64_t stride, bool add) {
+  asm volatile("" : : : "memory");
+  if (add) {
+    _tile_loadd(0, sums, stride);
+    _tile_loadd(1, sums + AMX_BYTES, stride);
+    if constexpr (LOWER) {
+      _tile_loadd(2, sums + AMX_ROWS * stride, stride);
+      _tile_loadd(3, sums + AMX_ROWS * stride + AMX_BYTES, stride);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const char* from = rows.data + row * rows.stride;
+  for (int64_t k = 0; k < rows.whole; k += AMX_BYTES, panel += PANEL_STEP)
+    multiply_tiles<T, LOWER>(from + k, rows.stride, panel);
+  if (rows.rest) multiply_tiles<T, LOWER>(rows.padded_rest.data() + row * AMX_BYTES, AMX_BYTES, rest);
+  _tile_stored(0, sums, stride);
+  _tile_stored(1, sums + AMX_BYTES, stride);
+  if constexpr (LOWER) {
+    _tile_stored(2, sums + AMX_ROWS * stride, stride);
+    _tile_stored(3, sums + AMX_ROWS * stride + AMX_BYTES, stride);
+  }
+}
+
+// Call block(panel, row, count, multiply) for each panel and each block of rows, where multiply(sums, stride, add)
+// computes the sums as above. `panels` has a panel of `columns` every `panel_bytes`.
+template <class T, class Block>
+LAS_AMX void for_each_block(const ByteRows& rows, const void* panels, int64_t columns, const Block& block) {
+  const int64_t panel_bytes = (rows.whole + rows.rest) * COLUMNS;
+  alignas(CACHE_LINE) char rest[PANEL_STEP] = {};
+  int64_t configured = 0;
+  for (int64_t column = 0; column < columns; column += COLUMNS) {
+    const char* panel = static_cast<const char*>(panels) + column / COLUMNS * panel_bytes;
+    if (rows.rest) std::memcpy(rest, panel + rows.whole * COLUMNS, rows.rest * COLUMNS);
+    for (int64_t row = 0; row < rows.count; row += BLOCK_ROWS_AMX) {
+      const int64_t count = std::min(BLOCK_ROWS_AMX, rows.count - row);
+      if (count != configured) configure_tiles(configured = count);
+      block(column, row, count, [&](void* sums, int64_t stride, bool add) {
+        const auto run = count > AMX_ROWS ? multiply_block<T, true> : multiply_block<T, false>;
+        run(rows, row, panel, rest, static_cast<char*>(sums), stride, add);
+      });
+    }
+  }
+  _tile_release();
+}
+#endif
+
+}  // namespace las
