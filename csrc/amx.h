@@ -44,10 +44,10 @@ inline bool has_tiles() {
   return granted && tiles_allowed && max_lanes >= 16;
 }
 
-constexpr int64_t AMX_ROWS = 16, AMX_BYTES = 64;   // of a tile
-constexpr int64_t BLOCK_ROWS_AMX = 2 * AMX_ROWS;
-constexpr int64_t PANEL_STRIDE = 4 * COLUMNS;                     // bytes between the rows of a tile of weights
-constexpr int64_t PANEL_STEP = AMX_ROWS * PANEL_STRIDE;           // bytes of a panel for one tile of depth
+constexpr int64_t AMX_ROWS = 16, AMX_BYTES = 64;         // a whole tile: its rows, and the bytes of each
+constexpr int64_t AMX_BLOCK = 2 * AMX_ROWS;              // rows of a block
+constexpr int64_t PANEL_STRIDE = 4 * COLUMNS;            // bytes from one row of a tile of weights to the next
+constexpr int64_t PANEL_STEP = AMX_ROWS * PANEL_STRIDE;  // bytes of a panel for one tile of depth
 
 // The operand of the instruction that sets the shapes of all tiles.
 struct alignas(64) TileShapes {
@@ -85,24 +85,31 @@ struct ByteRows {
   AlignedArray<char> padded_rest;  // (count, AMX_BYTES) if rest > 0
 };
 
-// sums += rows * weights for one tile of depth. LOWER: the block has more than AMX_ROWS rows.
+// Add to the sums the products of the tiles of rows and weights. LOWER: the block has more than AMX_ROWS rows.
 template <class T, bool LOWER>
-LAS_AMX LAS_INLINE void multiply_tiles(const char* rows, int64_t stride, const char* weights) {
+LAS_AMX LAS_INLINE void multiply_tiles() {
+  if constexpr (std::is_same_v<T, int8_t>) {  // rows are unsigned
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    if constexpr (LOWER) _tile_dpbusd(2, 5, 6);
+    if constexpr (LOWER) _tile_dpbusd(3, 5, 7);
+  } else {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (LOWER) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (LOWER) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// Multiply one tile of depth.
+template <class T, bool LOWER>
+LAS_AMX LAS_INLINE void multiply_depth(const char* rows, int64_t stride, const char* weights) {
   for (int64_t i = 0; i < PANEL_STEP; i += CACHE_LINE) __builtin_prefetch(weights + 2 * PANEL_STEP + i);
-#define LAS_DOT(sums, rows, weights)                                                   \
-  if constexpr (std::is_same_v<T, int8_t>) _tile_dpbusd(sums, rows, weights); /* rows are unsigned */ \
-  else _tile_dpbf16ps(sums, rows, weights)
   _tile_loadd(4, rows, stride);
   _tile_loadd(6, weights, PANEL_STRIDE);
-  LAS_DOT(0, 4, 6);
   _tile_loadd(7, weights + AMX_BYTES, PANEL_STRIDE);
-  LAS_DOT(1, 4, 7);
-  if constexpr (LOWER) {
-    _tile_loadd(5, rows + AMX_ROWS * stride, stride);
-    LAS_DOT(2, 5, 6);
-    LAS_DOT(3, 5, 7);
-  }
-#undef LAS_DOT
+  if constexpr (LOWER) _tile_loadd(5, rows + AMX_ROWS * stride, stride);
+  multiply_tiles<T, LOWER>();
 }
 
 // Compute the block of rows [row, row + count) and a panel of weights; `rest` holds the end of the panel, padded with
@@ -127,8 +134,8 @@ LAS_AMX void multiply_block(const ByteRows& rows, int64_t row, const char* panel
   }
   const char* from = rows.data + row * rows.stride;
   for (int64_t k = 0; k < rows.whole; k += AMX_BYTES, panel += PANEL_STEP)
-    multiply_tiles<T, LOWER>(from + k, rows.stride, panel);
-  if (rows.rest) multiply_tiles<T, LOWER>(rows.padded_rest.data() + row * AMX_BYTES, AMX_BYTES, rest);
+    multiply_depth<T, LOWER>(from + k, rows.stride, panel);
+  if (rows.rest) multiply_depth<T, LOWER>(rows.padded_rest.data() + row * AMX_BYTES, AMX_BYTES, rest);
   _tile_stored(0, sums, stride);
   _tile_stored(1, sums + AMX_BYTES, stride);
   if constexpr (LOWER) {
@@ -147,8 +154,8 @@ LAS_AMX void for_each_block(const ByteRows& rows, const void* panels, int64_t co
   for (int64_t column = 0; column < columns; column += COLUMNS) {
     const char* panel = static_cast<const char*>(panels) + column / COLUMNS * panel_bytes;
     if (rows.rest) std::memcpy(rest, panel + rows.whole * COLUMNS, rows.rest * COLUMNS);
-    for (int64_t row = 0; row < rows.count; row += BLOCK_ROWS_AMX) {
-      const int64_t count = std::min(BLOCK_ROWS_AMX, rows.count - row);
+    for (int64_t row = 0; row < rows.count; row += AMX_BLOCK) {
+      const int64_t count = std::min(AMX_BLOCK, rows.count - row);
       if (count != configured) configure_tiles(configured = count);
       block(column, row, count, [&](void* sums, int64_t stride, bool add) {
         const auto run = count > AMX_ROWS ? multiply_block<T, true> : multiply_block<T, false>;

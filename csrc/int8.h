@@ -170,7 +170,7 @@ LAS_AMX inline void scale_sums(const int32_t* sums, const Int8Panels& weights, i
 LAS_AMX inline void matmul_amx(const Int8Rows& rows, const Int8Panels& weights, InitialSums initial,
                                const Matrix<float>& out) {
   const ByteRows bytes(rows.data, rows.stride, rows.count, weights.depth);
-  alignas(CACHE_LINE) int32_t sums[BLOCK_ROWS_AMX][COLUMNS];
+  alignas(CACHE_LINE) int32_t sums[AMX_BLOCK][COLUMNS];
   for_each_block<int8_t>(
       bytes, weights.data, weights.columns, [&](int64_t column, int64_t row, int64_t count, const auto& multiply) {
         multiply(sums, sizeof sums[0], false);

@@ -143,8 +143,7 @@ def test_a_reversal_is_its_own_gradient():
 
 @pytest.mark.skipif(backends.unavailable("bilstm", "cpp") is not None, reason="the extension is not built")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_listener_uses_the_bilstm_op_forward_and_backward(monkeypatch, precision):
-    monkeypatch.setattr(bilstm_module, "HAS_AMX", False)
+def test_the_listener_uses_the_bilstm_op_forward_and_backward(precision):
     listener, x = Listener(SMALL, 5), ragged([40, 9, 1])
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -79,11 +79,21 @@ def lanes(limit: int):
         torch.ops.las_fast.limit_lanes(before)
 
 
+@contextlib.contextmanager
+def tiles(allowed: bool):
+    """Allow C++ to use AMX inside the block, or not, as on a processor without it."""
+    before = torch.ops.las_fast.allow_tiles(allowed)
+    try:
+        yield
+    finally:
+        torch.ops.las_fast.allow_tiles(before)
+
+
 def digests(check_and_digest) -> set[str]:
-    """The distinct results of check_and_digest() with vectors limited to 4, 8 and 16 floats."""
+    """The distinct results of check_and_digest() with vectors limited to 4, 8 and 16 floats, and with AMX tiles."""
     results = set()
-    for limit in (4, 8, 16):
-        with lanes(limit):
+    for limit, allowed in ((4, False), (8, False), (16, False), (16, True)):
+        with lanes(limit), tiles(allowed):
             results.add(check_and_digest())
     return results
 

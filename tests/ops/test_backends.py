@@ -12,9 +12,11 @@ import test_ctc_loss
 import test_masked_attention
 import test_speller_unroll
 import torch
+from calls import lanes, tiles
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from las_fast.doctor import AVX512, cpu_flags
 from las_fast.ops import __main__ as command
 from las_fast.ops import backends, beam_gather, bilstm, ctc_loss, masked_attention, speller_unroll
 from las_fast.ops.speller import SpellerWeights
@@ -302,6 +304,17 @@ def test_limit_lanes_narrows_vectors_until_it_is_undone(cpp):
             limit(3)
     finally:
         assert limit(before) == 4
+
+
+def test_tiles_are_used_where_processor_and_system_have_them(cpp):
+    has_tiles, flags = torch.ops.las_fast.has_tiles, cpu_flags()
+    assert has_tiles() <= (sys.platform == "linux" and flags >= {"amx_tile", "amx_bf16", "amx_int8"})
+    assert has_tiles() >= (torch.cpu._is_amx_tile_supported() and flags >= AVX512)
+    with tiles(False):
+        assert not has_tiles()
+    with lanes(15):
+        assert not has_tiles()
+    assert torch.ops.las_fast.allow_tiles(True)
 
 
 def saves_for_backward(op: str, function) -> bool:

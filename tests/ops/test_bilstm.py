@@ -1,9 +1,8 @@
 import hashlib
-import importlib
 
 import pytest
 import torch
-from calls import LAYOUTS, assert_as_accurate_as_plain, call, compile_and_count, digests, ops_called, threads
+from calls import LAYOUTS, assert_as_accurate_as_plain, call, compile_and_count, digests, ops_called, threads, tiles
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +20,8 @@ SIZES = [  # B, T, I, H
     (3, 20, 65, 33),
     (13, 9, 64, 16),
     (37, 6, 40, 24),
+    (16, 4, 30, 48),
+    (33, 3, 98, 15),
     (7, 190, 6, 10),
     (2, 3, 1057, 8),
 ]
@@ -305,13 +306,15 @@ def test_autocast_computes_in_bfloat16_with_gradients_in_each_tensors_dtype(cpp)
         assert leaf.grad.dtype == torch.float32 and torch.equal(leaf.grad, gradient)
 
 
-@pytest.mark.parametrize(("tiles", "taken"), [(False, True), (True, False)])
-def test_auto_uses_torch_for_bfloat16_on_processors_with_amx_tiles(cpp, monkeypatch, tiles, taken):
-    monkeypatch.setattr(importlib.import_module("las_fast.ops.bilstm"), "HAS_AMX", tiles)
-    assert ("las_fast::bilstm_cpp" in ops_called(lambda: under_autocast(inputs()))) == taken
-    x, *weights = inputs()
-    called = ops_called(lambda: bilstm(x, torch.tensor([7, 3, 1]), weights[:4], weights[4:]))
-    assert "las_fast::bilstm_cpp" in called
+def test_matmuls_of_bfloat16_and_no_others_use_tiles(cpp):
+    cotangent = cotangent_of((3, 20, 64, 64))
+    for dtype in DTYPES:
+        results = []
+        for allowed in (False, True):
+            with tiles(allowed):
+                results.append(all_results(op(cpp, dtype), inputs(3, 20, 64, 64), torch.tensor([20, 9, 1]), cotangent))
+        equal = all(map(torch.equal, *results))
+        assert equal == (dtype == torch.float32 or not torch.ops.las_fast.has_tiles())  # tiles add in another order
 
 
 def test_autocast_to_float16_does_not_change_the_result(cpp):
