@@ -26,6 +26,7 @@ def all_options(B, K, V):
     limit = torch.full((B,), 3)
     options = {"minimum": limit, "maximum": limit + 20, "length_penalty": 0.7, "eos_threshold": 1.5}
     options["coverage"] = torch.randn(B, K, generator=generator)
+    options["beam_threshold"] = 3.0
     return options | {"ngram": Ngram(torch.randn(B, K, V, generator=generator).log_softmax(-1), 0.3)}
 
 

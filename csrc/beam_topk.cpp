@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_topk
     const at::Tensor& logits_in, const at::Tensor& scores_in, const at::Tensor& finished_in,
     const at::Tensor& lengths_in, int64_t eos, const Optional& min_lengths_in, const Optional& max_lengths_in,
     double length_penalty, double eos_threshold, const Optional& coverage_in, const Optional& ngram_log_probs_in,
-    double ngram_weight, const Optional& ctc_next_log_probs_in, double ctc_weight) {
+    double ngram_weight, const Optional& ctc_next_log_probs_in, double ctc_weight, double beam_threshold) {
   check(logits_in, scores_in, finished_in, lengths_in, eos, min_lengths_in, max_lengths_in, coverage_in,
         ngram_log_probs_in, ctc_next_log_probs_in);
   const at::Tensor logits = logits_in.to(at::kFloat).contiguous(), scores = scores_in.contiguous();
@@ -69,7 +69,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_topk
                         data_or_null<float>(ngram_log_probs),
                         float(ngram_weight),
                         data_or_null<float>(ctc_next_log_probs),
-                        float(ctc_weight)};
+                        float(ctc_weight),
+                        float(beam_threshold)};
 
   std::vector<RowSummary> rows(B * K);
   std::vector<float> block_maxima(B * K * in.blocks);

@@ -118,7 +118,7 @@ struct Options {
   const float *coverage, *ngram_log_probs;  // (B, K) and (B, K, V), or null
   float ngram_weight;
   const float* ctc_next_log_probs;  // (B, K, V), or null
-  float ctc_weight;
+  float ctc_weight, beam_threshold;
 };
 
 struct Inputs {
@@ -213,17 +213,24 @@ struct Outputs {
   int64_t* lengths;
 };
 
+// Whether an unfinished beam of this many tokens is too far below the best one. False if no beam exists: -inf - -inf.
+inline bool dropped(const Options& options, float best_rank, float rank, int64_t tokens) {
+  if (options.beam_threshold == INFINITE) return false;
+  return (best_rank - rank) * std::pow(float(tokens), float(options.length_penalty)) > options.beam_threshold;
+}
+
 // Write the beams of utterance b.
 inline void write(const Inputs& in, const Options& options, int64_t b, const BestCandidates& best, const Outputs& out) {
   for (int64_t k = 0; k < in.K; ++k) {
     const int64_t to = b * in.K + k, parent = best[k].index / in.V, token = best[k].index % in.V;
     const int64_t from = b * in.K + parent;
     const bool ended = in.finished[from];
-    out.scores[to] = best[k].score;
     out.tokens[to] = token;
     out.parents[to] = parent;
     out.finished[to] = ended || token == options.eos;
     out.lengths[to] = in.lengths[from] + !ended;
+    const bool drop = !out.finished[to] && dropped(options, best[0].rank, best[k].rank, out.lengths[to]);
+    out.scores[to] = drop ? -INFINITE : best[k].score;
   }
 }
 

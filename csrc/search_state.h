@@ -51,7 +51,7 @@ struct SearchArguments {
   std::optional<at::Tensor> ctc_log_probs;           // (B, T', V)
   at::Tensor max_lengths;                            // (B,)
   int64_t B, T, K, sos, eos, ngram_order, ngram_start;
-  float length_penalty, eos_threshold, coverage_weight, ngram_weight, ctc_weight;
+  float length_penalty, eos_threshold, coverage_weight, ngram_weight, ctc_weight, beam_threshold;
 
   ngram::Model ngram_model(int64_t V) const {
     return {ngram_rows->const_data_ptr<int32_t>(), ngram_arcs->const_data_ptr<int32_t>(), V, ngram_order};

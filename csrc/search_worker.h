@@ -103,10 +103,11 @@ class SearchWorker {
             arguments_.ngram_rows ? slot.ngram_scores.log_probs.data() : nullptr,
             arguments_.ngram_weight,
             arguments_.ctc_log_probs ? slot.prefixes.next_log_probs.data() : nullptr,
-            arguments_.ctc_weight};
+            arguments_.ctc_weight,
+            arguments_.beam_threshold};
   }
 
-  // Reorder the rest of the beams' state by their parents. Free the slot if all beams have ended.
+  // Reorder the rest of the beams' state by their parents. Free the slot if no beam is live.
   void follow_parents(SearchSlot<T>& slot, StepHistory& history) {
     const std::vector<int64_t>& parents = slot.next.parents;
     history.add(slot.next, slot.attended_frames);

@@ -175,7 +175,7 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
                      double coverage_weight, const std::optional<at::Tensor>& ngram_rows,
                      const std::optional<at::Tensor>& ngram_arcs, int64_t ngram_order, int64_t ngram_start,
                      double ngram_weight, const std::optional<at::Tensor>& ctc_log_probs, double ctc_weight,
-                     c10::string_view precision, const std::optional<at::Tensor>& packed) {
+                     double beam_threshold, c10::string_view precision, const std::optional<at::Tensor>& packed) {
   const SpellerWeights weights(list);
   check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, min_lengths, max_lengths, ngram_rows,
         ngram_arcs, ngram_order, ngram_start, ctc_log_probs);
@@ -198,7 +198,8 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
                                   float(eos_threshold),
                                   float(coverage_weight),
                                   float(ngram_weight),
-                                  float(ctc_weight)};
+                                  float(ctc_weight),
+                                  float(beam_threshold)};
   const int64_t D = keys.size(2), E = values.size(2);
   check_weights(weights, D, E);
   return dispatch_precision(precision, [&](auto T, auto G) {

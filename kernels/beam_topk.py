@@ -14,6 +14,8 @@ written once.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -39,18 +41,32 @@ def _flat_index(key):
 
 
 @triton.jit
+def _rank_of(key):
+    """Return the float32 rank of a key."""
+    ordered = (key >> 32).to(tl.int32)
+    magnitude = tl.where(ordered < 0, -ordered, ordered).to(tl.float32, bitcast=True)
+    return tl.where(ordered < 0, -magnitude, magnitude)
+
+
+@triton.jit
 def _finite(x):
     """Return x with 0 for -inf: -inf - -inf would be NaN."""
     return tl.where(x == -float("inf"), 0.0, x)
 
 
 @triton.jit
+def _power(tokens, length_penalty, PENALTY: tl.constexpr):
+    """Return tokens ** length_penalty. PENALTY is 1 for a length_penalty of 1, 2 for any other but 0."""
+    if PENALTY == 2:
+        tokens = tl.exp2(length_penalty * tl.log2(tokens))
+    return tokens
+
+
+@triton.jit
 def _rank(candidates, lengths, finished, coverage, length_penalty, COVERAGE: tl.constexpr, PENALTY: tl.constexpr):
-    """Rank the candidates (R, BLOCK_V) of R beams. PENALTY is 0 or 1 for that length_penalty, 2 for any other."""
+    """Rank the candidates (R, BLOCK_V) of R beams. PENALTY is 0 for a length_penalty of 0; see _power."""
     if PENALTY != 0:
-        tokens = tl.maximum(lengths + tl.where(finished, 0, 1), 1).to(tl.float32)
-        if PENALTY == 2:
-            tokens = tl.exp2(length_penalty * tl.log2(tokens))
+        tokens = _power(tl.maximum(lengths + tl.where(finished, 0, 1), 1).to(tl.float32), length_penalty, PENALTY)
         # div_rn rounds as on a CPU. fdiv is approximate, and the compiler would fold the multiplication into it.
         candidates = candidates * tl.div_rn(1.0, tokens)[:, None]
     if COVERAGE:
@@ -93,10 +109,12 @@ def _candidates(steps, row, v, V, eos, score, finished, denied, forced, ngram_lo
 
 @triton.jit
 def _take_best(
-    keys, candidates, b, K, V, eos, finished, lengths,
-    out_scores, out_tokens, out_parents, out_finished, out_lengths,
+    keys, candidates, b, K, V, eos, finished, lengths, length_penalty, beam_threshold,
+    out_scores, out_tokens, out_parents, out_finished, out_lengths, PENALTY: tl.constexpr, PRUNE: tl.constexpr,
 ):  # fmt: skip
     """Write the beams of the K largest keys (N,) of utterance b, one after another."""
+    if PRUNE:
+        best_rank = _rank_of(tl.max(keys, 0))
     for j in range(K):
         best = tl.max(keys, 0)
         score = tl.max(tl.where(keys == best, candidates, -float("inf")), 0)
@@ -104,11 +122,17 @@ def _take_best(
         index = _flat_index(best)
         parent, token = index // V, index % V
         ended = tl.load(finished + b * K + parent)
+        ends = ended | (token == eos)
         at = b * K + j
+        if PRUNE:
+            gap = best_rank - _rank_of(best)  # NaN, and so not above the threshold, if no beam exists
+            if PENALTY != 0:
+                gap *= _power((tl.load(lengths + b * K + parent) + 1).to(tl.float32), length_penalty, PENALTY)
+            score = tl.where((ends == 0) & (gap > beam_threshold), -float("inf"), score)
         tl.store(out_scores + at, score)
         tl.store(out_tokens + at, token)
         tl.store(out_parents + at, parent)
-        tl.store(out_finished + at, ended | (token == eos))
+        tl.store(out_finished + at, ends)
         tl.store(out_lengths + at, tl.load(lengths + b * K + parent) + tl.where(ended, 0, 1))
 
 
@@ -116,9 +140,10 @@ def _take_best(
 def topk_kernel(
     logits, scores, finished, lengths, minimum, maximum, coverage, ngram_log_probs, ctc_next_log_probs,
     out_scores, out_tokens, out_parents, out_finished, out_lengths,
-    K, V, eos, logits_b, logits_k, length_penalty, threshold, ngram_weight, ctc_weight,
+    K, V, eos, logits_b, logits_k, length_penalty, threshold, ngram_weight, ctc_weight, beam_threshold,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, COVERAGE: tl.constexpr, NGRAM: tl.constexpr,
-    CTC: tl.constexpr, THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CTC: tl.constexpr, THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, PRUNE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Take the whole step for utterance b, with its (K, V) candidates in one tile."""
     b = tl.program_id(0).to(tl.int64)
@@ -155,7 +180,8 @@ def topk_kernel(
     keys = tl.where(inside, _keys(ranks, k[:, None] * V + v[None, :]), NO_KEY)
     _take_best(
         tl.reshape(keys, [BLOCK_K * BLOCK_V]), tl.reshape(candidates, [BLOCK_K * BLOCK_V]), b, K, V, eos, finished,
-        lengths, out_scores, out_tokens, out_parents, out_finished, out_lengths,
+        lengths, length_penalty, beam_threshold, out_scores, out_tokens, out_parents, out_finished, out_lengths,
+        PENALTY, PRUNE,
     )  # fmt: skip
 
 
@@ -240,7 +266,7 @@ def row_kernel(
 def merge_kernel(
     row_keys, row_scores, finished, lengths,
     out_scores, out_tokens, out_parents, out_finished, out_lengths,
-    K, V, eos, BLOCK: tl.constexpr,
+    K, V, eos, length_penalty, beam_threshold, PENALTY: tl.constexpr, PRUNE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the K best of the K * K candidates that row_kernel wrote for utterance b."""
     b = tl.program_id(0).to(tl.int64)
@@ -250,8 +276,8 @@ def merge_kernel(
     keys = tl.load(row_keys + b * K * K + i, mask=inside, other=NO_KEY)
     candidates = tl.load(row_scores + b * K * K + i, mask=inside)
     _take_best(
-        keys, candidates, b, K, V, eos, finished, lengths,
-        out_scores, out_tokens, out_parents, out_finished, out_lengths,
+        keys, candidates, b, K, V, eos, finished, lengths, length_penalty, beam_threshold,
+        out_scores, out_tokens, out_parents, out_finished, out_lengths, PENALTY, PRUNE,
     )  # fmt: skip
 
 
@@ -259,6 +285,7 @@ def beam_topk(
     logits: Tensor, scores: Tensor, finished: Tensor, lengths: Tensor, eos: int, minimum: Tensor | None,
     maximum: Tensor | None, length_penalty: float, eos_threshold: float, coverage: Tensor | None,
     ngram_log_probs: Tensor | None, ngram_weight: float, ctc_next_log_probs: Tensor | None, ctc_weight: float,
+    beam_threshold: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launch the kernels; the implementation of las_fast::beam_topk_triton."""
     B, K, V = logits.shape
@@ -282,15 +309,18 @@ def beam_topk(
         "THRESHOLD": eos_threshold != 0.0,
         "PENALTY": {0.0: 0, 1.0: 1}.get(length_penalty, 2),
     }
+    prune = beam_threshold != math.inf
     entries = blocks["BLOCK_K"] * blocks["BLOCK_V"]
     if entries <= MAX_TILE:
         warps = min(4, max(1, entries // 256))
-        topk_kernel[B,](*beams, *options, *out, *scalars, **flags, **blocks, num_warps=warps)
+        scalars = (*scalars, float(beam_threshold))
+        topk_kernel[B,](*beams, *options, *out, *scalars, **flags, PRUNE=prune, **blocks, num_warps=warps)
         return tuple(out)
     row_keys, row_scores = (scores.new_empty(B, K, K, dtype=dtype) for dtype in (torch.int64, torch.float32))
     blocks["BLOCK_V"] = BLOCK
     row_kernel[B, K](*beams, *options, row_keys, row_scores, *scalars, **flags, **blocks, num_warps=4)
     merge_kernel[B,](
-        row_keys, row_scores, *beams[2:], *out, K, V, eos, BLOCK=triton.next_power_of_2(K * K), num_warps=4
+        row_keys, row_scores, *beams[2:], *out, K, V, eos, float(length_penalty), float(beam_threshold),
+        PENALTY=flags["PENALTY"], PRUNE=prune, BLOCK=triton.next_power_of_2(K * K), num_warps=4,
     )  # fmt: skip
     return tuple(out)

@@ -6,11 +6,19 @@
     candidate[k, v] = scores[k] + step[k, v]; a finished beam has one candidate: eos at an unchanged score
     rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
 
-The result is the K highest ranks; among equal ranks the lower flat index k * V + v comes first.
+The result is the K highest ranks; among equal ranks the lower flat index k * V + v comes first. With a beam threshold,
+a beam of the result that is not finished is dropped, which makes its score -inf, if it is too far below the best one:
+
+    (best rank - rank) * tokens ** length_penalty > beam_threshold
+
+This is the threshold pruning of Lowerre 1976 (Harpy) and of Freitag and Al-Onaizan 2017, in nats. Beams of the same
+length are compared by their scores. A finished beam is compared by the score that its rank would be at the other's
+length, so a search ends as soon as all others are far below a finished one.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +46,7 @@ class Ctc(NamedTuple):
 class BeamStep(NamedTuple):
     """The state of each beam after a step; all (B, K), best rank first."""
 
-    scores: Tensor  # float32; -inf where fewer than K candidates exist
+    scores: Tensor  # float32; -inf for a dropped beam, and where fewer than K candidates exist
     tokens: Tensor  # int64, the token taken
     parents: Tensor  # int64, the beam continued
     finished: Tensor  # bool
@@ -59,6 +67,7 @@ def beam_topk(
     coverage: Tensor | None = None,
     ngram: Ngram | None = None,
     ctc: Ctc | None = None,
+    beam_threshold: float = math.inf,
     backend: str = "auto",
 ) -> BeamStep:
     """Return the K best continuations of each utterance, best first. Not differentiable.
@@ -78,19 +87,22 @@ def beam_topk(
         coverage:  (B, K) float32, finite; added to the rank of every candidate of a beam (Wu et al. 2016); None: 0.
         ngram:     language model whose weighted log-probabilities are added to each step.
         ctc:       CTC log-probabilities to interpolate with those of the logits.
+        beam_threshold: nats below the best beam at which an unfinished one is dropped, 0 or more; infinity: none is.
         backend:   "auto", "reference", "triton" or "cpp".
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree, or a weight or threshold is out of range.
         RuntimeError: the named backend is not available here, or K or V is too large for it (Triton: 128 beams).
     """
     _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, ctc, eos)
+    check_beam_threshold(beam_threshold)
     unsupported = {"triton": triton_problem(*logits.shape[1:])}
     chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype, unsupported)
     op: Any = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
     options: tuple[Any, ...] = (eos, minimum, maximum, length_penalty, eos_threshold, coverage)
     options += (None, 0.0) if ngram is None else (backends.detached(ngram.log_probs), ngram.weight)
     options += (None, 0.0) if ctc is None else (backends.detached(ctc.next_log_probs), ctc.weight)
+    options += (beam_threshold,)
     return BeamStep(*op(backends.detached(logits), backends.detached(scores), finished, lengths, *options))
 
 
@@ -103,7 +115,7 @@ def triton_problem(K: int, V: int) -> str | None:
 
 def _reference(
     logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage,
-    ngram_log_probs, ngram_weight, ctc_next_log_probs, ctc_weight,
+    ngram_log_probs, ngram_weight, ctc_next_log_probs, ctc_weight, beam_threshold,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, K, V = logits.shape
     is_eos = torch.arange(V, device=logits.device) == eos
@@ -124,8 +136,13 @@ def _reference(
     best = ranks.flatten(1).sort(stable=True, dim=-1, descending=True).indices[:, :K]
     tokens, parents = best % V, best // V
     ended = finished.gather(1, parents)
+    new_scores, new_finished = candidates.flatten(1).gather(1, best), ended | (tokens == eos)
     new_lengths = lengths.gather(1, parents) + ~ended
-    return candidates.flatten(1).gather(1, best), tokens, parents, ended | (tokens == eos), new_lengths
+    if beam_threshold != math.inf:
+        best_ranks = ranks.flatten(1).gather(1, best)
+        gaps = (best_ranks[:, :1] - best_ranks) * new_lengths.float() ** length_penalty  # NaN if no beam exists
+        new_scores = new_scores.masked_fill(~new_finished & (gaps > beam_threshold), -torch.inf)
+    return new_scores, tokens, parents, new_finished, new_lengths
 
 
 def _log_probabilities(logits, lengths, eos, is_eos, minimum, maximum, eos_threshold) -> Tensor:
@@ -170,9 +187,15 @@ def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram,
         raise ValueError(f"eos must be a token from 0 to {V - 1}; got {eos}")
 
 
+def check_beam_threshold(threshold: float) -> None:
+    """Raise ValueError unless threshold is 0 or more; infinity is allowed."""
+    if not threshold >= 0:
+        raise ValueError(f"beam_threshold must be 0 or more, or infinity for none; got {threshold}")
+
+
 def _fake(
     logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage,
-    ngram_log_probs, ngram_weight, ctc_next_log_probs, ctc_weight,
+    ngram_log_probs, ngram_weight, ctc_next_log_probs, ctc_weight, beam_threshold,
 ):  # fmt: skip
     new = [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.float32, torch.int64, torch.int64)]
     new += [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.bool, torch.int64)]
@@ -183,7 +206,7 @@ backends.register(
     "beam_topk",
     "(Tensor logits, Tensor scores, Tensor finished, Tensor lengths, int eos, Tensor? minimum, Tensor? maximum,"
     " float length_penalty, float eos_threshold, Tensor? coverage, Tensor? ngram_log_probs, float ngram_weight,"
-    " Tensor? ctc_next_log_probs, float ctc_weight)"
+    " Tensor? ctc_next_log_probs, float ctc_weight, float beam_threshold)"
     " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths)",
     _fake,
 )

@@ -13,6 +13,7 @@ At each step, for every beam of every utterance (las_fast.model.speller is the s
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from las_fast.ops import backends
 from las_fast.ops.beam_gather import beam_gather
-from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
+from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk, check_beam_threshold
 from las_fast.ops.ctc_prefix import CtcState, ctc_prefix, ctc_start
 from las_fast.ops.masks import padding_mask
 from las_fast.ops.ngram_scores import NgramModel, NgramScores, ngram_scores, ngram_start
@@ -54,6 +55,7 @@ class Options(NamedTuple):
     ngram_weight: float
     ctc_log_probs: Tensor | None = None
     ctc_weight: float = 0.0
+    beam_threshold: float = math.inf
 
 
 @torch.no_grad()
@@ -75,11 +77,12 @@ def speller_search(
     ngram_weight: float = 0.0,
     ctc_log_probs: Tensor | None = None,
     ctc_weight: float = 0.0,
+    beam_threshold: float = math.inf,
     precision: str = "fp32",
     packed: Tensor | None = None,
     backend: str = "auto",
 ) -> Steps:
-    """Search until every beam of every utterance has finished or does not exist; return all steps.
+    """Search until every beam of every utterance has finished, was dropped or does not exist; return all steps.
 
     Not differentiable. In C++ the result of an utterance is bit-identical in any batch and with any number of threads.
 
@@ -99,6 +102,7 @@ def speller_search(
         ctc_log_probs: (B, T', V) float32 from ctc_log_probabilities, for CTC prefix scores (float32 in every
             precision); None: no CTC.
         ctc_weight: as in beam_topk's Ctc; with 0, ctc_log_probs is not read.
+        beam_threshold: as in beam_topk. C++ computes no dropped beam.
         precision: of the matmuls in C++. "fp32"; "bf16" with float32 accumulation and cell states; "int8", which is
             bf16 except for the matmuls of context and hidden states with the gates' weights (linear_int8). In the
             reference all but those int8 matmuls are float32.
@@ -112,7 +116,7 @@ def speller_search(
     """
     options = Options(
         beam, sos, eos, minimum, maximum, length_penalty, eos_threshold, coverage_weight, ngram, ngram_weight,
-        ctc_log_probs, ctc_weight,
+        ctc_log_probs, ctc_weight, beam_threshold,
     )  # fmt: skip
     _check(weights, keys, values, lengths, options, precision)
     if not ctc_weight:
@@ -215,6 +219,7 @@ def _prune(logits: Tensor, beams: _Beams, coverage_bonus: Tensor, options: Optio
         coverage=coverage_bonus if options.coverage_weight else None,
         ngram=None if beams.ngram is None else Ngram(beams.ngram.log_probs, options.ngram_weight),
         ctc=None if beams.ctc is None else Ctc(beams.ctc.next_log_probs, options.ctc_weight),
+        beam_threshold=options.beam_threshold,
         backend="reference",
     )
 
@@ -254,6 +259,7 @@ def _check(weights: SpellerWeights, keys, values, lengths, options: Options, pre
 def _check_options(options: Options, B: int, V: int) -> None:
     if options.beam < 1:
         raise ValueError(f"beam must be at least 1; got {options.beam}")
+    check_beam_threshold(options.beam_threshold)
     for name, token in (("sos", options.sos), ("eos", options.eos)):
         if not 0 <= token < V:
             raise ValueError(f"{name} must be a token from 0 to {V - 1}; got {token}")
@@ -283,7 +289,7 @@ backends.register(
     "(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos, Tensor? minimum,"
     " Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight, Tensor? ngram_rows,"
     " Tensor? ngram_arcs, int ngram_order, int ngram_start, float ngram_weight,"
-    " Tensor? ctc_log_probs, float ctc_weight, str precision, Tensor? packed)"
+    " Tensor? ctc_log_probs, float ctc_weight, float beam_threshold, str precision, Tensor? packed)"
     " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor attended_frames)",
     _fake,
 )

@@ -10,6 +10,7 @@ are compiled but not tuned: spills must not grow.
 
 import csv
 import functools
+import math
 import pathlib
 import re
 import sys
@@ -67,7 +68,7 @@ def differentiate(B=32, K=1, T=400, D=256, E=256, dtype=BF16, weights=False, mem
 
 
 def prune(B=64, K=8, V=31, dtype=FP32, ngram=False, length_penalty=0.0, eos_threshold=0.0, limits=True,
-          ctc=False):  # fmt: skip
+          ctc=False, beam_threshold=math.inf):  # fmt: skip
     """One pruning step of a search over characters or word pieces."""
     logits, scores = torch.zeros(B, K, V, dtype=dtype), torch.zeros(B, K)
     lengths = torch.zeros(B, K, dtype=torch.int64)
@@ -75,6 +76,7 @@ def prune(B=64, K=8, V=31, dtype=FP32, ngram=False, length_penalty=0.0, eos_thre
     ngram_log_probs = torch.zeros(B, K, V) if ngram else None
     next_log_probs = torch.zeros(B, K, V) if ctc else None
     options = (2, limit, limit, length_penalty, eos_threshold, None, ngram_log_probs, 0.3, next_log_probs, 0.3)
+    options += (beam_threshold,)
     launcher("beam_topk")(logits, scores, lengths.bool(), lengths, *options)
 
 
@@ -163,7 +165,9 @@ VARIANTS = [
             ("characters-beam-32", (), {"K": 32}),
             ("characters-n-gram", (), {"ngram": True, "length_penalty": 0.6, "eos_threshold": 1.5}),
             ("characters-ctc", (), {"ctc": True, "length_penalty": 1.0}),
+            ("characters-beam-threshold", (), {"length_penalty": 1.0, "beam_threshold": 4.0}),
             ("word-pieces", ("row_kernel",), {"V": 5120}),
+            ("word-pieces-beam-threshold", ("row_kernel",), {"V": 5120, "length_penalty": 0.6, "beam_threshold": 4.0}),
             ("word-pieces-half-penalty", ("row_kernel",), {"V": 5120, "dtype": FP16, "length_penalty": 0.6}),
             ("word-pieces-unaligned", (), {"V": 5003}),
         )

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from unittest import mock
@@ -356,7 +357,7 @@ def search_state(B, K, V, seed):
 
 def check_topk(
     device, B=2, K=4, V=31, eos=2, dtype=FP32, state="random", minimum=None, maximum=None, length_penalty=0.0,
-    eos_threshold=0.0, coverage=False, ngram=False, ctc_weight=None, layout="dense", seed=0,
+    eos_threshold=0.0, coverage=False, ngram=False, ctc_weight=None, beam_threshold=math.inf, layout="dense", seed=0,
 ):  # fmt: skip
     """All results match the reference, indices exactly.
 
@@ -379,13 +380,14 @@ def check_topk(
         next_log_probs = with_layout(
             next_log_probs.masked_fill(torch.rand(B, K, V, generator=generator) < 0.1, -INF), layout
         )
-    options += (next_log_probs, ctc_weight or 0.0)
+    options += (next_log_probs, ctc_weight or 0.0, beam_threshold)
     expected = importlib.import_module("las_fast.ops.beam_topk")._reference(logits, scores, finished, lengths, *options)
     tensors = [with_layout(x.to(device), layout) for x in (logits, scores, finished, lengths)]
     options = [x.to(device) if isinstance(x, torch.Tensor) else x for x in options]
     with not_copied(tensors[0]):
         actual = launcher("beam_topk")(*tensors, *options)
     assert_close(actual[0], expected[0], 2e-5, "scores")
+    assert_identical(actual[0].isneginf(), expected[0].isneginf(), "beams without a score")
     names = ("scores", "tokens", "parents", "finished", "lengths")
     for name, x, y in list(zip(names, actual, expected, strict=True))[1:]:
         assert_identical(x, y, name)
@@ -666,7 +668,7 @@ def check_huge_topk(device, B, K, V):
     rows = huge(B, K)
     lengths = rows.to(torch.int64)
     ngram_log_probs = huge(B, K, V) if V < 100 else None
-    options = (2, None, None, 0.0, 0.0, rows, ngram_log_probs, 0.3, huge(B, K, V), 0.3)
+    options = (2, None, None, 0.0, 0.0, rows, ngram_log_probs, 0.3, huge(B, K, V), 0.3, 2.0)
     # skip merge_kernel: it reads the results of row_kernel, which meta tensors do not hold
     unmerged = collections.defaultdict(lambda: lambda *_, **__: None)
     with mock.patch.object(importlib.import_module("las_fast.kernels.beam_topk"), "merge_kernel", unmerged):
@@ -1098,6 +1100,22 @@ TOPK = _cases(
         "ctc-spaced": {"ctc_weight": 0.5, "V": 7, "layout": "spaced"},
         "long-rows-ctc": {"V": 1100, "K": 5, "B": 1, "ctc_weight": 0.3},
         "long-rows-ctc-nan-and-inf-rows": {"V": 1030, "K": 4, "B": 1, "ctc_weight": 1.0, "state": "nan and inf rows"},
+        "beam-threshold": {"B": 4, "K": 8, "beam_threshold": 1.0},
+        "beam-threshold-0": {"B": 4, "K": 8, "beam_threshold": 0.0},
+        "beam-threshold-length-penalty": {"B": 6, "K": 8, "beam_threshold": 1.5, "length_penalty": 1.0},
+        "beam-threshold-no-beams": {"K": 0, "beam_threshold": 1.0},
+        **{
+            f"beam-threshold-{state.replace(' ', '-')}": {"state": state, "K": 4, "V": 9, "beam_threshold": 0.0}
+            for state in (
+                "all finished", "first beam only", "all equal", "tied with finished", "all impossible",
+                "nan and inf rows",
+            )
+        },
+        "beam-threshold-and-everything": {
+            "B": 6, "K": 7, "V": 11, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
+            "coverage": True, "ngram": True, "ctc_weight": 0.4, "beam_threshold": 2.0,
+        },
+        "long-rows-beam-threshold": {"V": 1100, "K": 5, "beam_threshold": 0.5, "length_penalty": 0.6},
         "first-eos": {"eos": 0, "V": 6},
         "last-eos": {"eos": 5, "V": 6},
         "transposed": {"layout": "transposed", "V": 7},

@@ -426,6 +426,12 @@ TOPK = [
         ("blocks-skipped", "if tl.max(keys, 0) > worst:", "if tl.max(keys, 0) < worst:"),
         ("merge-reads-past-the-end", "inside = i < K * K", "inside = i < BLOCK"),
         ("row-keys-stored-too-far", "best, mask=slots < K)", "best)"),
+        ("negative-ranks-positive", "tl.where(ordered < 0, -magnitude, magnitude)", "magnitude"),
+        ("low-half-as-the-rank", "ordered = (key >> 32).to(tl.int32)", "ordered = key.to(tl.int32)"),
+        ("finished-beams-dropped", "(ends == 0) & (gap", "(gap"),
+        ("beams-at-the-threshold-dropped", "gap > beam_threshold", "gap >= beam_threshold"),
+        ("gap-in-nats-per-token", "gap *= _power(", "_power("),
+        ("gap-at-the-length-before", "parent) + 1).to(tl.float32)", "parent)).to(tl.float32)"),
         ("finished-beams-not-frozen", "tl.where(is_eos, 0.0, -float(\"inf\")), steps)", "steps, steps)"),
     )
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 """Rung 0: check the registration of the Triton ops with torch. Call these functions in an interpreting worker."""
 
+import math
+
 import torch
 from automata import random_model
 
@@ -75,9 +77,9 @@ def check_op(name):
     arguments = {
         "masked_attention": [(*attention_inputs(grad), 0.4, w) for grad in (False, True) for w in (False, True)],
         "beam_topk": [
-            (*search_inputs(), EOS, None, None, 0.0, 0.0, None, None, 0.0, None, 0.0),
+            (*search_inputs(), EOS, None, None, 0.0, 0.0, None, None, 0.0, None, 0.0, math.inf),
             (*search_inputs(), EOS, bound, 9 * bound, 1.0, 0.5, torch.zeros(2, 3), torch.zeros(2, 3, 5),
-             0.3, torch.zeros(2, 3, 5), 0.4),
+             0.3, torch.zeros(2, 3, 5), 0.4, 2.0),
         ],
         "beam_gather": [([torch.randn(2, 3, 4), torch.zeros(2, 3, 1).bool()], torch.tensor([[0, 0, 2], [1, 2, 0]]))],
         "ctc_prefix": [(*prefix_inputs(), EOS)],

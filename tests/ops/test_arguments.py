@@ -85,7 +85,7 @@ def beam_calls():
     unchecked = {("states", "2 shorter"), ("states", "another type")}
     yield "beam_gather_cpp", {"states": states, "parents": parents}, unchecked
     names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
-    names += ["coverage", "ngram_log_probs", "ngram_weight", "ctc_next_log_probs", "ctc_weight"]
+    names += ["coverage", "ngram_log_probs", "ngram_weight", "ctc_next_log_probs", "ctc_weight", "beam_threshold"]
     arguments = dict(zip(names, test_beam_topk.arguments(), strict=True))
     yield "beam_topk_cpp", arguments, set()
     model = random_model(9, 3)
@@ -125,6 +125,7 @@ def speller_calls():
     search |= {
         "ctc_log_probs": test_speller_search.random_ctc_log_probs(B, 9, V),
         "ctc_weight": 0.1,
+        "beam_threshold": 2.0,
         "precision": "fp32",
     }
     packed = torch.ops.las_fast.speller_pack_cpp(search["weights"], "fp32")
@@ -188,7 +189,7 @@ def beam_functions():
     unchecked = {("states", "2 shorter"), ("states", "another type")}
     yield lambda **inputs: beam_gather(**inputs, backend="reference"), {"states": states, "parents": parents}, unchecked
     names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
-    names += ["coverage", "ngram_log_probs", "ngram_weight", "ctc_next_log_probs", "ctc_weight"]
+    names += ["coverage", "ngram_log_probs", "ngram_weight", "ctc_next_log_probs", "ctc_weight", "beam_threshold"]
     inputs = dict(zip(names, test_beam_topk.arguments(), strict=True))
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
 

@@ -48,7 +48,9 @@ OPTIONS = {
     "coverage": ["coverage"],
     "n-gram": ["ngram"],
     "ctc": ["ctc"],
-    "all": ["length_penalty", "eos_threshold", "minimum", "maximum", "coverage", "ngram", "ctc"],
+    "beam threshold": ["beam_threshold"],
+    "beam threshold and length penalty": ["beam_threshold", "length_penalty"],
+    "all": ["length_penalty", "eos_threshold", "minimum", "maximum", "coverage", "ngram", "ctc", "beam_threshold"],
 }
 
 
@@ -62,12 +64,13 @@ def options_for(name, B, K, V):
         "coverage": lambda: torch.randn(B, K, generator=generator),
         "ngram": lambda: ngram(B, K, V),
         "ctc": lambda: ctc(B, K, V),
+        "beam_threshold": lambda: 1.0,
     }
     return {option: make[option]() for option in OPTIONS[name]}
 
 
 def plain(logits, scores, finished, lengths, b, *, eos, minimum=None, maximum=None, length_penalty=0.0,
-          eos_threshold=0.0, coverage=None, ngram=None, ctc=None):  # fmt: skip
+          eos_threshold=0.0, coverage=None, ngram=None, ctc=None, beam_threshold=INF):  # fmt: skip
     """All candidates (score, token, parent) of utterance b, best first, computed in float64."""
     candidates = []
     for k, row in enumerate(logits[b].double()):
@@ -90,6 +93,10 @@ def plain(logits, scores, finished, lengths, b, *, eos, minimum=None, maximum=No
             rank = total / max(1, tokens) ** length_penalty + bonus
             candidates.append((rank, -(k * logits.shape[2] + v), total, v, k))
     candidates.sort(reverse=True)
+    for i, (rank, index, _, v, k) in enumerate(candidates):
+        tokens, live = int(lengths[b, k]) + 1, not finished[b, k] and v != eos
+        if live and rank > -INF and (candidates[0][0] - rank) * tokens**length_penalty > beam_threshold:
+            candidates[i] = (rank, index, -INF, v, k)
     return [(total, v, k) for _, _, total, v, k in candidates]
 
 
@@ -329,6 +336,66 @@ def test_length_normalisation_ranks_long_beams_higher_but_returns_true_scores(ba
     assert actual.lengths.tolist() == [[10, 2]]
 
 
+def two_live_beams(gap, *, backend, **options):
+    """The scores after a step of a beam with score 0 and one `gap` nats below it, each with one possible token."""
+    logits = torch.full((1, 2, 4), -INF)
+    logits[..., 3] = 0.0
+    return step(logits, [[0.0, -gap]], backend=backend, **options).scores.tolist()
+
+
+def test_a_beam_further_below_the_best_than_the_threshold_is_dropped(backend):
+    assert two_live_beams(2.0, beam_threshold=2.0, backend=backend) == [[0.0, -2.0]]
+    assert two_live_beams(2.0, beam_threshold=1.99, backend=backend) == [[0.0, -INF]]
+    assert two_live_beams(0.0, beam_threshold=0.0, backend=backend) == [[0.0, 0.0]]
+    assert two_live_beams(1e6, beam_threshold=INF, backend=backend) == [[0.0, -1e6]]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.5, 1.0])
+def test_beams_of_one_length_are_dropped_by_their_scores(backend, length_penalty):
+    options = {"lengths": [[8, 8]], "length_penalty": length_penalty, "backend": backend}
+    assert two_live_beams(2.0, beam_threshold=2.01, **options) == [[0.0, -2.0]]
+    assert two_live_beams(2.0, beam_threshold=1.99, **options) == [[0.0, -INF]]
+
+
+def test_a_longer_beam_is_compared_with_the_rank_of_a_finished_one_at_its_own_length(backend):
+    logits = torch.full((1, 2, 4), -INF)
+    logits[..., 3] = 0.0
+    options = {"finished": [[True, False]], "lengths": [[4, 7]], "length_penalty": 1.0, "backend": backend}
+    inputs = logits, [[-4.0, -11.0]]  # at 8 tokens, the rank of the finished beam is a score of -8
+    assert step(*inputs, beam_threshold=3.01, **options).scores.tolist() == [[-4.0, -11.0]]
+    assert step(*inputs, beam_threshold=2.99, **options).scores.tolist() == [[-4.0, -INF]]
+
+
+def test_finished_beams_are_never_dropped(backend):
+    logits = torch.full((1, 3, 4), -INF)
+    logits[0, 0, 3], logits[0, 1, EOS], logits[0, 2, EOS] = 0.0, 0.0, 0.0
+    actual = step(logits, [[0.0, -50.0, -60.0]], [[False, False, True]], beam_threshold=1.0, backend=backend)
+    assert actual.scores.tolist() == [[0.0, -50.0, -60.0]] and actual.finished.tolist() == [[False, True, True]]
+
+
+def test_a_dropped_beam_keeps_its_token_and_parent_and_has_no_continuation(backend):
+    logits = torch.full((1, 2, 4), -INF)
+    logits[..., 3] = 0.0
+    actual = step(logits, [[0.0, -5.0]], beam_threshold=1.0, backend=backend)
+    assert (actual.tokens.tolist(), actual.parents.tolist()) == ([[3, 3]], [[0, 1]])
+    after = step(torch.zeros(1, 2, 4), actual.scores, actual.finished, actual.lengths, backend=backend)
+    assert after.parents.tolist() == [[0, 0]] and after.scores.isfinite().all()
+
+
+def test_without_any_beam_nothing_is_compared(backend):
+    logits = torch.zeros(1, 3, 5)
+    actual = step(logits, [[-INF] * 3], beam_threshold=0.0, length_penalty=1.0, backend=backend)
+    assert (actual.scores == -INF).all()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_infinite_threshold_changes_no_bit(backend, name):
+    inputs, options = random(6, 8, 31), options_for(name, 6, 8, 31)
+    plain_step = step(*inputs, backend=backend, **options | {"beam_threshold": 1e30})
+    for a, b in zip(step(*inputs, backend=backend, **options | {"beam_threshold": INF}), plain_step, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_coverage_changes_ranks_and_not_scores(backend):
     options = {"finished": [[True, True]], "lengths": [[2, 2]], "backend": backend}
     actual = step(torch.zeros(1, 2, 4), [[-2.0, -3.0]], **options, coverage=torch.tensor([[0.0, 1.5]]))
@@ -417,6 +484,8 @@ def test_inputs_are_not_modified(backend):
         ({"ctc": Ctc(torch.zeros(2, 3, 5), 1.5)}, "ctc.weight must be from 0 to 1; got 1.5"),
         ({"scores": torch.zeros(2, 3, device="meta")}, "scores must be on cpu like logits; got meta"),
         ({"eos": 5}, "eos must be a token from 0 to 4; got 5"),
+        ({"beam_threshold": -0.5}, "beam_threshold must be 0 or more, or infinity for none; got -0.5"),
+        ({"beam_threshold": NAN}, "beam_threshold must be 0 or more, or infinity for none; got nan"),
     ],
 )
 def test_disagreeing_arguments_are_explained(change, message):
@@ -438,7 +507,7 @@ def arguments(B=2, K=3, V=5, **change):
     defaults = {"logits": logits, "scores": scores, "finished": finished, "lengths": lengths, "eos": EOS}
     defaults |= {"minimum": limits, "maximum": limits + 4, "length_penalty": 0.7, "eos_threshold": 1.2}
     defaults |= {"coverage": torch.randn(B, K), "ngram_log_probs": model.log_probs, "ngram_weight": 0.3}
-    defaults |= {"ctc_next_log_probs": ctc(B, K, V).next_log_probs, "ctc_weight": 0.3}
+    defaults |= {"ctc_next_log_probs": ctc(B, K, V).next_log_probs, "ctc_weight": 0.3, "beam_threshold": 2.0}
     return tuple((defaults | change).values())
 
 
