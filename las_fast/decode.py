@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.search.beam import Hypothesis
 
 MAX_LISTED = 20  # unknown characters listed in an error
+SHORT = ("beam", "beam_threshold")  # settings of decoding with a short option
 
 
 def parser() -> Parser:
@@ -44,7 +45,13 @@ def parser() -> Parser:
     parser.add_argument("--out", required=True, type=as_file, metavar="FILE.csv", help="submission file to write")
     parser.add_argument("--beam", type=int, help="beam width; 1 is greedy (default: the checkpoint's)")
     parser.add_argument(
-        "--nbest", type=int, default=1, metavar="N", help="hypotheses per utterance in --jsonl (default: 1)"
+        "--beam-threshold",
+        type=float,
+        metavar="X",
+        help="drop hypotheses more than X nats below the best; 0: none (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--nbest", type=int, default=1, metavar="N", help="maximum hypotheses per utterance in --jsonl (default: 1)"
     )
     parser.add_argument(
         "--jsonl",
@@ -84,13 +91,16 @@ def main(argv: list[str] | None = None) -> None:
         check_options(options)
         loaded.append(load_model(options.checkpoint, choose_device(options.device)))
         decoding = with_default_weight(loaded[0].config.decoding, options.lm)
-        return DecodingSettings(decoding if options.beam is None else replace(decoding, beam=options.beam))
+        given = {name: getattr(options, name) for name in SHORT if getattr(options, name) is not None}
+        return DecodingSettings(replace(decoding, **given))
 
     options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
     check_decoding(loaded[0].config, settings.decoding)
-    if options.beam not in (None, settings.decoding.beam):
-        beams = f"--beam {options.beam} and --decoding.beam {settings.decoding.beam}"
-        raise InputError(f"{beams} disagree; give one of them")
+    for name in SHORT:
+        short, long = getattr(options, name), getattr(settings.decoding, name)
+        if short not in (None, long):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} {short:g} and --decoding.{option} {long:g} disagree; give one of them")
     if options.nbest > settings.decoding.beam:
         raise InputError(
             f"--nbest {options.nbest} needs a beam of at least {options.nbest}; give --beam {options.nbest}"

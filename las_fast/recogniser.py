@@ -51,6 +51,7 @@ class SearchOptions(TypedDict, total=False):
     """Options of Recogniser.transcribe, which documents them."""
 
     beam: int | None
+    beam_threshold: float | None
     lm: LanguageModel
     nbest: int
     min_speech_score: float
@@ -120,6 +121,7 @@ class Recogniser:
         sample_rate: int | None = None,
         *,
         beam: int | None = None,
+        beam_threshold: float | None = None,
         lm: LanguageModel = None,
         nbest: int = 1,
         min_speech_score: float = MIN_SPEECH_SCORE,
@@ -135,9 +137,12 @@ class Recogniser:
                               or tensor of samples, (N,) or (N, channels), float from -1 to 1, int16 or int32.
             sample_rate:      of an array, in Hz; must be omitted otherwise.
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
+            beam_threshold:   nats below the best hypothesis at which the search drops one; 0: none; by default that of
+                              the checkpoint's settings.
             lm:               file of a language model, or name of a released one; its weight is 0.1 unless the settings
                               have one. None: that of the settings; False: no language model.
-            nbest:            hypotheses returned per segment, at most the beam.
+            nbest:            maximum hypotheses returned per segment, at most the beam; fewer if the search has dropped
+                              the others.
             min_speech_score: segments with a lower speech score are left out as noise; -inf keeps all. Without a CTC
                               head it has no effect.
             vad:              how speech and pauses are found: by "energy", or with the package silero-vad by "silero",
@@ -148,7 +153,9 @@ class Recogniser:
         """
         audio = to_audio(recording, sample_rate)
         messages: list[str] = []
-        options = SearchOptions(beam=beam, lm=lm, nbest=nbest, min_speech_score=min_speech_score, vad=vad)
+        options = SearchOptions(
+            beam=beam, beam_threshold=beam_threshold, lm=lm, nbest=nbest, min_speech_score=min_speech_score, vad=vad
+        )
         ((_, transcript),) = self.transcribe_all([audio], **options, warn=messages.append)
         if transcript.noise:
             messages.append(noise_warning(name_of(audio), transcript, "min_speech_score"))
@@ -167,7 +174,8 @@ class Recogniser:
         Segments of several recordings are decoded in one batch, which is faster than calling `transcribe` for each.
 
         Args:
-            recordings:   each as in `transcribe`, which also has beam, lm, nbest, min_speech_score and vad.
+            recordings:   each as in `transcribe`, which also has beam, beam_threshold, lm, nbest,
+                          min_speech_score and vad.
             skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising; default False.
             pool_seconds: seconds of speech decoded together; default 600.
             warn:         called with a message for each problem of a recording; default warnings.warn.
@@ -187,12 +195,24 @@ class Recogniser:
 
     @overload
     def decode(
-        self, features: Array, *, beam: int | None = None, lm: LanguageModel = None, nbest: int = 1
+        self,
+        features: Array,
+        *,
+        beam: int | None = None,
+        beam_threshold: float | None = None,
+        lm: LanguageModel = None,
+        nbest: int = 1,
     ) -> list[Hypothesis]: ...
 
     @overload
     def decode(
-        self, features: Sequence[Array], *, beam: int | None = None, lm: LanguageModel = None, nbest: int = 1
+        self,
+        features: Sequence[Array],
+        *,
+        beam: int | None = None,
+        beam_threshold: float | None = None,
+        lm: LanguageModel = None,
+        nbest: int = 1,
     ) -> list[list[Hypothesis]]: ...
 
     def decode(
@@ -200,6 +220,7 @@ class Recogniser:
         features: Array | Sequence[Array],
         *,
         beam: int | None = None,
+        beam_threshold: float | None = None,
         lm: LanguageModel = None,
         nbest: int = 1,
     ) -> list[Hypothesis] | list[list[Hypothesis]]:
@@ -208,9 +229,8 @@ class Recogniser:
         Args:
             features: array or tensor (T, F) of feature frames before normalisation and deltas, F as in training; or a
                       list of them.
-            beam:     as in `transcribe`.
-            lm:       as in `transcribe`.
-            nbest:    hypotheses returned per utterance, at most the beam.
+            beam, beam_threshold, lm: as in `transcribe`.
+            nbest:    maximum hypotheses returned per utterance, as in `transcribe`.
 
         Returns:
             Hypotheses, best first; for a list of utterances, a list of these.
@@ -218,7 +238,7 @@ class Recogniser:
         Raises:
             InputError: the features or an option are invalid, or an utterance does not fit in memory.
         """
-        decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
+        decoder = self.decoder(self.settings(beam=beam, beam_threshold=beam_threshold, lm=lm), lm)
         check_nbest(nbest, decoder.config.beam)
         if not isinstance(features, (list, tuple)):
             return self._decode(self._utterances({"features": features}), decoder, nbest)[0]
@@ -257,6 +277,7 @@ class Recogniser:
         self,
         *,
         beam: int | None = None,
+        beam_threshold: float | None = None,
         lm: LanguageModel = None,
         nbest: int = 1,
         min_speech_score: float = MIN_SPEECH_SCORE,
@@ -272,7 +293,7 @@ class Recogniser:
         if warning := self.features_warning():
             warn(warning)
         check_vad(vad)
-        decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
+        decoder = self.decoder(self.settings(beam=beam, beam_threshold=beam_threshold, lm=lm), lm)
         check_nbest(nbest, decoder.config.beam)
         return Transcription(
             features=self.loaded.config.features,
@@ -296,19 +317,28 @@ class Recogniser:
             "those that las_fast computes from audio may differ"
         )
 
-    def settings(self, *, beam: int | None = None, lm: LanguageModel = None) -> DecodingConfig:
-        """Return the decoding settings of the checkpoint with another beam or language model; see `transcribe`.
+    def settings(
+        self, *, beam: int | None = None, beam_threshold: float | None = None, lm: LanguageModel = None
+    ) -> DecodingConfig:
+        """Return the decoding settings of the checkpoint with another beam, threshold or language model.
+
+        The arguments are those of `transcribe`.
 
         Raises:
             InputError: an argument is invalid.
         """
         if beam is not None and (isinstance(beam, bool) or not isinstance(beam, (int, np.integer))):
             raise InputError(f"beam must be a whole number; got {beam!r}")
+        if beam_threshold is not None:
+            check_number("beam_threshold", beam_threshold, minimum=0)
         if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
             raise InputError(f"lm must be a path, the name of a released model, None or False; got {type_name(lm)}")
         decoding = self.loaded.config.decoding
         decoding = replace(decoding, ngram_weight=0.0) if lm is False else with_default_weight(decoding, lm)
-        return check_decoding(self.loaded.config, replace(decoding, beam=decoding.beam if beam is None else int(beam)))
+        decoding = replace(decoding, beam=decoding.beam if beam is None else int(beam))
+        if beam_threshold is not None:
+            decoding = replace(decoding, beam_threshold=float(beam_threshold))
+        return check_decoding(self.loaded.config, decoding)
 
     def decoder(self, decoding: DecodingConfig, lm: LanguageModel = None) -> Decoder:
         """Prepare searches with these settings; for lm see `transcribe`.

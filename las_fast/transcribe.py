@@ -76,8 +76,10 @@ def parser() -> Parser:
     add("--width", type=int, default=42, metavar="N", help="maximum characters per line of srt and vtt (default: 42)")
     add("--lines", type=int, default=2, metavar="N", help="maximum lines of a cue of srt and vtt (default: 2)")
     add("--word-times", action="store_true", help="with vtt: a time tag per word, for players that highlight words")
-    add("--nbest", type=int, default=1, metavar="N", help="with json: hypotheses per segment (default: 1)")
+    add("--nbest", type=int, default=1, metavar="N", help="with json: maximum hypotheses per segment (default: 1)")
     add("--beam", type=int, help="beam width (default: the checkpoint's)")
+    add("--beam-threshold", type=float, metavar="X",
+        help="drop hypotheses more than X nats below the best; 0: none (default: the checkpoint's)")  # fmt: skip
     add(
         "--lm",
         metavar="FILE",
@@ -139,6 +141,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--beam must be at most {MAX_BEAM}; got {options.beam}")
     if options.beam is not None and options.nbest > options.beam:
         raise InputError(f"--nbest {options.nbest} needs a beam at least as wide; got --beam {options.beam}")
+    if options.beam_threshold is not None and not 0 <= options.beam_threshold < math.inf:
+        raise InputError(f"--beam-threshold must be a finite number of at least 0; got {options.beam_threshold:g}")
     if math.isnan(options.min_speech_score):
         raise InputError("--min-speech-score must be a number; got nan")
 
@@ -192,6 +196,7 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
         transcripts = model.transcribe_all(
             paths,
             beam=options.beam,
+            beam_threshold=options.beam_threshold,
             lm=options.lm,
             nbest=options.nbest,
             min_speech_score=options.min_speech_score,

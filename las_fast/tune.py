@@ -29,7 +29,16 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.data.dataset import SpeechDataset
 
 MAX_COMBINATIONS = 10_000
-GRID = ("beam", "ctc_weight", "length_penalty", "ngram_weight", "length_reward", "eos_threshold", "coverage_weight")
+GRID = (
+    "beam",
+    "beam_threshold",
+    "ctc_weight",
+    "length_penalty",
+    "ngram_weight",
+    "length_reward",
+    "eos_threshold",
+    "coverage_weight",
+)
 
 
 def parser() -> Parser:

@@ -125,6 +125,13 @@ def test_json_lines_hold_scores_frames_and_the_n_best(workspace, tmp_path):
             assert all(0 <= word["start"] <= word["end"] and 0 <= word["confidence"] <= 1 for word in one["words"])
 
 
+@pytest.mark.parametrize("option", ["--beam-threshold", "--decoding.beam-threshold"])
+def test_a_beam_threshold_leaves_fewer_hypotheses_than_nbest(workspace, tmp_path, option):
+    decode(workspace, "--jsonl", str(tmp_path / "rows.jsonl"), "--nbest", "4", "--beam", "4", option, "0.001")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert all(1 <= len(row["nbest"]) <= 4 for row in rows) and min(len(row["nbest"]) for row in rows) < 4
+
+
 def test_nbest_may_be_the_whole_beam(workspace, tmp_path):
     decode(workspace, "--jsonl", str(tmp_path / "rows.jsonl"), "--nbest", "2", "--beam", "2")
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -301,6 +308,12 @@ def test_a_corrupt_checkpoint_is_an_error(workspace, capsys):
         (["--split", "dev-other"], "no split 'dev-other'; it has"),
         (["--nbest", "9", "--beam", "2"], "--nbest 9 needs a beam of at least 9; give --beam 9"),
         (["--decoding.beam", "4", "--beam", "8"], "--beam 8 and --decoding.beam 4 disagree; give one of them"),
+        (["--beam-threshold", "-1"], "decoding.beam_threshold must be at least 0; got -1"),
+        (["--beam-threshold", "nan"], "decoding.beam_threshold must be a finite number"),
+        (
+            ["--beam-threshold", "2", "--decoding.beam-threshold", "3.5"],
+            "--beam-threshold 2 and --decoding.beam-threshold 3.5 disagree; give one of them",
+        ),
         (["--nbest", "0"], "--nbest must be at least 1"),
         (["--beam", "0"], "decoding.beam must be at least 1"),
         (["--device", "cuda:77"], "--device cuda:77: there is no such device here"),

@@ -220,6 +220,14 @@ INVALID_RECORDINGS = {
     "beam 1e9": (SPEECH, RATE, {"beam": 10**9}, "decoding.beam must be at most 1000"),
     "beam 2.0": (SPEECH, RATE, {"beam": 2.0}, "beam must be a whole number; got 2.0"),
     "beam True": (SPEECH, RATE, {"beam": True}, "beam must be a whole number; got True"),
+    "threshold -1": (
+        SPEECH,
+        RATE,
+        {"beam_threshold": -1},
+        "beam_threshold must be a number of at least 0; got -1",
+    ),
+    "threshold inf": (SPEECH, RATE, {"beam_threshold": np.inf}, "decoding.beam_threshold must be a finite number"),
+    "threshold '3'": (SPEECH, RATE, {"beam_threshold": "3"}, "beam_threshold must be a number of at least 0; got '3'"),
     "nbest 0": (SPEECH, RATE, {"nbest": 0}, "nbest must be a whole number of at least 1; got 0"),
     "nbest 3": (SPEECH, RATE, {"nbest": 3, "beam": 2}, "nbest=3 needs a beam of at least 3; give beam=3"),
     "a missing lm": (SPEECH, RATE, {"lm": "gone"}, "lm=gone is not a file"),
@@ -227,6 +235,13 @@ INVALID_RECORDINGS = {
     "an unknown vad": (SPEECH, RATE, {"vad": "webrtc"}, "vad must be 'energy' or 'silero'; got 'webrtc'"),
     "NaN as a limit": (SPEECH, RATE, {"min_speech_score": np.nan}, "min_speech_score must be a number; got nan"),
 }
+
+
+def test_a_beam_threshold_drops_hypotheses(model):
+    features = np.random.default_rng(0).standard_normal((60, model.loaded.config.features.size))
+    counts = [len(model.decode(features, beam=4, beam_threshold=x, nbest=4)) for x in (0, 1e-4)]
+    (segment,) = model.transcribe(SPEECH, RATE, beam=4, beam_threshold=1e-4, nbest=4, min_speech_score=-np.inf).segments
+    assert counts[0] == 4 and counts[1] < 4 and len(segment.nbest) < 4
 
 
 @pytest.mark.parametrize("case", INVALID_RECORDINGS)

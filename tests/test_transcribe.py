@@ -140,6 +140,8 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_work(workspace, c
         ),
         (["short.wav"], ["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["short.wav"], ["--beam", "0"], "--beam must be at least 1"),
+        (["short.wav"], ["--beam-threshold", "-1"], "--beam-threshold must be a finite number of at least 0; got -1"),
+        (["short.wav"], ["--beam-threshold", "inf"], "--beam-threshold must be a finite number of at least 0; got inf"),
         (["short.wav"], ["--checkpoint", "gone"], "checkpoint gone"),
     ],
 )
@@ -471,8 +473,11 @@ def test_progress_has_the_total_length_of_all_recordings(workspace, monkeypatch)
 def test_beam_and_language_model_reach_the_search(monkeypatch):
     work = Work(monkeypatch, {"a": [1.0]})
     work.run()
-    work.run("--beam", "7", "--lm", "text.arpa")
-    calls = {"beam": None, "lm": None}, {"beam": 7, "lm": "text.arpa"}
+    work.run("--beam", "7", "--beam-threshold", "2.5", "--lm", "text.arpa")
+    calls = (
+        {"beam": None, "beam_threshold": None, "lm": None},
+        {"beam": 7, "beam_threshold": 2.5, "lm": "text.arpa"},
+    )
     assert work.asked == [calls[0], ("settings", None), calls[1], ("settings", "text.arpa")]
 
 
@@ -524,8 +529,8 @@ def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(worksp
     path.touch()
     monkeypatch.setattr(recogniser, "with_default_weight", lambda decoding, path: replace(decoding, ngram_weight=0.7))
     monkeypatch.setattr(recogniser, "load_ngram_model", lambda *args: calls.append(args) or table)
-    expected = replace(settings, beam=1, ngram_weight=0.7)
-    assert model.settings(beam=1, lm=str(path)) == expected
+    expected = replace(settings, beam=1, beam_threshold=0.0, ngram_weight=0.7)
+    assert model.settings(beam=1, beam_threshold=0, lm=str(path)) == expected
     config, ngram, _ = model.decoder(expected, str(path))
     assert config == expected and ngram is table
     assert calls == [(str(path), expected, model.loaded, torch.device("cpu"), "--lm ")]

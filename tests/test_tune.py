@@ -54,8 +54,8 @@ def test_options_have_their_types_and_each_setting_of_the_grid_has_one():
     argv = ["--checkpoint", "x", "--data", "y"]
     values = [f"--{name.replace('_', '-')}={i}" for i, name in enumerate(tune.GRID, 1)]
     options = tune.parser().parse_args([*argv, *values])
-    assert [getattr(options, name) for name in tune.GRID] == [[1], [2.0], [3.0], [4.0], [5.0], [6.0], [7.0]]
-    assert [type(getattr(options, name)[0]) for name in tune.GRID] == [int, *[float] * 6]
+    assert [getattr(options, name) for name in tune.GRID] == [[1], [2.0], [3.0], [4.0], [5.0], [6.0], [7.0], [8.0]]
+    assert [type(getattr(options, name)[0]) for name in tune.GRID] == [int, *[float] * 7]
     assert tune.parser().parse_args([*argv, "--beam", "1", "2"]).beam == [1, 2]
     plain = tune.parser().parse_args(argv)
     assert (plain.data, plain.split, plain.device, plain.lm, plain.out) == (Path("y"), "dev", "auto", None, None)

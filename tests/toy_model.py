@@ -67,7 +67,7 @@ def memory(seeds: list[int], lengths: list[int], frames: int | None = None) -> T
 
 
 def config(**fields) -> DecodingConfig:
-    plain = {"beam": 4, "length_penalty": 0.0, "maximum_share": 1.0, "maximum_extra": 0}
+    plain = {"beam": 4, "beam_threshold": 0.0, "length_penalty": 0.0, "maximum_share": 1.0, "maximum_extra": 0}
     return DecodingConfig(**{**plain, **fields})
 
 

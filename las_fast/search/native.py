@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from las_fast.config import DecodingConfig
@@ -49,6 +51,7 @@ def search_natively(search: Search, memory, limits: Limits) -> Steps:
         ngram_weight=config.ngram_weight,
         ctc_log_probs=ctc_log_probs(config, memory),
         ctc_weight=config.ctc_weight,
+        beam_threshold=config.beam_threshold or math.inf,
         precision=native_precision(config),
         packed=search.packed,
         backend="cpp",

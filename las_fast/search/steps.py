@@ -162,6 +162,7 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
         coverage=None if attention is None else config.coverage_weight * coverage(attention, memory.lengths),
         ngram=None if ngram is None else Ngram(ngram.log_probs, config.ngram_weight),
         ctc=None if ctc is None else Ctc(ctc.next_log_probs, config.ctc_weight),
+        beam_threshold=config.beam_threshold or math.inf,
         backend=backend,
     )
     if attention is not None:

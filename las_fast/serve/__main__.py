@@ -44,10 +44,12 @@ def parser() -> Parser:
     add("--port", type=int, default=8000, help="port to listen on; 0 chooses a free one (default: 8000)")
     add_options(parser)
     add("--beam", type=int, help="beam width, 1 is greedy (default: the checkpoint's)")
+    add("--beam-threshold", type=float, metavar="X",
+        help="drop hypotheses more than X nats below the best; 0: none (default: the checkpoint's)")  # fmt: skip
     add("--lm", metavar="FILE", help="language model, as in transcribe (default: the checkpoint's)")
     add("--batch-seconds", type=float, default=60.0, metavar="N",
         help="seconds of speech decoded together; 0: one segment at a time (default: 60)")  # fmt: skip
-    add("--nbest", type=int, help=f"hypotheses per segment on the page (default: {NBEST}, at most the beam)")
+    add("--nbest", type=int, help=f"maximum hypotheses per segment on the page (default: {NBEST}, at most the beam)")
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help=f"leave out segments with a lower speech score; -inf keeps all (default: {MIN_SPEECH_SCORE})")  # fmt: skip
     add("--vad", choices=VADS, default="energy",
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         from las_fast.serve.app import Service
         from las_fast.serve.batcher import Batcher
 
-        beam = model.settings(beam=options.beam, lm=options.lm).beam
+        beam = model.settings(beam=options.beam, beam_threshold=options.beam_threshold, lm=options.lm).beam
         nbest = options.nbest or min(NBEST, beam)
         if nbest > beam:
             raise InputError(f"--nbest {nbest} needs a beam at least as wide; add --beam {nbest}")
@@ -83,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             max_seconds=limits.max_seconds,
             round_seconds=options.batch_seconds,
             beam=options.beam,
+            beam_threshold=options.beam_threshold,
             lm=options.lm,
             nbest=nbest,
             min_speech_score=options.min_speech_score,

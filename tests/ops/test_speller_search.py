@@ -42,7 +42,7 @@ SIZES = [  # V, M, H of each cell, D, E, T, B, K
     (67, 64, (65, 64, 63), 31, 65, 65, 3, 64),
 ]
 ALL_OPTIONS = {"length_penalty": 0.7, "eos_threshold": 1.1, "coverage_weight": 0.2, "ngram_weight": 0.4, "minimum": 3}
-ALL_OPTIONS |= {"ctc_weight": 0.3}
+ALL_OPTIONS |= {"ctc_weight": 0.3, "beam_threshold": 3.0}
 OPTIONS = {
     "plain": {},
     "length penalty": {"length_penalty": 1.0},
@@ -52,6 +52,7 @@ OPTIONS = {
     "n-gram": {"ngram_weight": 0.5},
     "ctc": {"ctc_weight": 0.4},
     "ctc alone": {"ctc_weight": 1.0},
+    "beam threshold": {"beam_threshold": 1.0, "length_penalty": 1.0},
     "every option": ALL_OPTIONS,
 }
 on_each_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)).replace(" ", ""))
@@ -286,11 +287,12 @@ def encode(model, lengths=(200, 90, 7, 1)):
 def test_the_reference_equals_the_search_step_by_step(lstm_sizes):
     model = las(lstm_sizes)
     memory = encode(model)
-    config = DecodingConfig(beam=5, maximum_share=0.2, coverage_weight=0.1, eos_threshold=0.9)
+    config = DecodingConfig(beam=5, beam_threshold=1.0, maximum_share=0.2, coverage_weight=0.1, eos_threshold=0.9)
     stepwise = beam_search(model, memory, config, nbest=5, backend="reference")
     steps = speller_search(
         model.speller.weights(), *memory[:3], beam=5, sos=SOS, eos=EOS, length_penalty=1.0, eos_threshold=0.9,
-        coverage_weight=0.1, maximum=(memory.lengths * model.time_reduction * 0.2).long() + 10, backend="reference",
+        coverage_weight=0.1, maximum=(memory.lengths * model.time_reduction * 0.2).long() + 10, beam_threshold=1.0,
+        backend="reference",
     )  # fmt: skip
     for utterance, expected_utterance in zip(hypotheses(steps), stepwise, strict=True):
         assert [h[0] for h in utterance] == [h.text_tokens for h in expected_utterance]
@@ -332,10 +334,10 @@ def test_other_models_and_precisions_go_step_by_step(cpp):
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_a_search_in_lower_precision_equals_the_op(cpp, precision):
     model = las()
-    memory, config = encode(model), DecodingConfig(beam=4, precision=precision)
+    memory, config = encode(model), DecodingConfig(beam=4, beam_threshold=1.0, precision=precision)
     steps = speller_search(
         model.speller.weights(), *memory[:3], beam=4, sos=SOS, eos=EOS, length_penalty=1.0, precision=precision,
-        maximum=(memory.lengths * model.time_reduction * 0.3).long() + 10,
+        maximum=(memory.lengths * model.time_reduction * 0.3).long() + 10, beam_threshold=1.0,
     )  # fmt: skip
     for utterance, expected_utterance in zip(
         hypotheses(steps), beam_search(model, memory, config, nbest=4), strict=True
@@ -410,6 +412,40 @@ def test_the_search_takes_no_more_steps_than_the_longest_maximum(cpp, precision)
     for longest in (1, 5):
         steps = search(weights, memory, beam=4, precision=precision, maximum=torch.tensor([1, longest, 1]))
         assert len(steps.tokens) <= longest + 1 and (steps.tokens[-1][steps.scores[-1].isfinite()] == EOS).all()
+
+
+def live_beams(steps):
+    """Whether each beam of each step goes on, (L, B, K), and whether each is dropped or does not exist."""
+    finished, rows = torch.zeros_like(steps.tokens[0], dtype=torch.bool), []
+    for tokens, parents in zip(steps.tokens, steps.parents, strict=True):
+        finished = finished.gather(1, parents) | (tokens == EOS)
+        rows.append(~finished)
+    missing = steps.scores.isneginf()
+    return torch.stack(rows) & ~missing, missing
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
+def test_the_beams_that_a_threshold_drops_are_those_of_the_reference(cpp, threshold):
+    weights, memory = random_weights(31, 33, (32, 31), 33, 17), random_memory(5, 40, 33, 17)
+    options = {"beam": 8, "length_penalty": 1.0, "maximum": torch.full((5,), 20)}
+    actual, expected = (
+        search(weights, memory, backend=backend, beam_threshold=threshold, **options) for backend in (cpp, "reference")
+    )
+    live, missing = live_beams(actual)
+    assert len(actual.tokens) == len(expected.tokens) and torch.equal(missing, live_beams(expected)[1])
+    assert live.any() and (missing & (torch.arange(len(missing)) > 1)[:, None, None]).any()
+
+
+def test_the_search_ends_when_a_finished_beam_is_far_above_the_others(cpp):
+    weights, memory = random_weights(7, 5, (6,), 4, 3), random_memory(4, 9, 4, 3)
+    weights.bias[EOS] += 3.0  # often the best first token, so the other beams are soon far below
+    options = {"beam": 4, "maximum": torch.full((4,), 40)}
+    for backend in (cpp, "reference"):
+        exact = search(weights, memory, backend=backend, **options)
+        pruned = search(weights, memory, backend=backend, beam_threshold=0.0, **options)
+        assert len(pruned.tokens) < len(exact.tokens)
+        best, exact_best = ([utterance[0] for utterance in hypotheses(steps)] for steps in (pruned, exact))
+        assert [h[:2] for h in best] == [h[:2] for h in exact_best]
 
 
 def test_nan_outputs_give_no_hypothesis(cpp):
@@ -648,7 +684,7 @@ def test_the_registered_op_passes_opcheck(cpp, precision, options):
     ngram = (model.rows, model.arcs, model.order, model.start) if options else (None, None, 0, 0)
     frames = random_ctc_log_probs(3, 9, 7) if options else None
     arguments = (4, SOS, EOS, some_limits(3) if options else None, some_limits(3) + 3, 1.0, 0.5, 0.1, *ngram, 0.5)
-    arguments += (frames, 0.3)
+    arguments += (frames, 0.3, 2.0 if options else torch.inf)
     torch.library.opcheck(torch.ops.las_fast.speller_pack_cpp.default, (weights.flat(), precision))
     for packed in (None, speller_pack(weights, CPU, precision=precision)):
         torch.library.opcheck(
@@ -664,6 +700,7 @@ def test_the_registered_op_passes_opcheck(cpp, precision, options):
         ({"maximum": torch.ones(2).long()}, r"maximum must be \(3,\) int64; got \(2,\)"),
         ({"precision": "fp16"}, "precision must be one of fp32, bf16, int8; got 'fp16'"),
         ({"beam": 0}, "beam must be at least 1; got 0"),
+        ({"beam_threshold": -1.0}, "beam_threshold must be 0 or more, or infinity for none; got -1.0"),
         ({"eos": 7}, "eos must be a token from 0 to 6; got 7"),
         ({"sos": -1}, "sos must be a token from 0 to 6; got -1"),
         ({"ctc_log_probs": torch.ones(3, 9, 6)}, r"ctc_log_probs must be \(B, T', V\) .* B=3, V=7; got \(3, 9, 6\)"),
@@ -686,7 +723,7 @@ def test_arguments_that_disagree_are_named(change, message):
         (6, 7, "eos must be a token from 0 to 6; got 7"),
         (8, torch.ones(2).long(), r"maximum must be \(3,\) int64; got \[2\] Long"),
         (17, torch.ones(3, 9, 6), r"ctc_log_probs must be \(B, T', V\) float32 with B=3, V=7; got \[3, 9, 6\] Float"),
-        (19, "fp16", "precision must be fp32, bf16 or int8; got fp16"),
+        (20, "fp16", "precision must be fp32, bf16 or int8; got fp16"),
         (12, None, "ngram_rows and ngram_arcs must be given together"),
         (12, torch.ones(7, 4), r"rows of the n-gram model must be \(N, 4\) int32; got \[7, 4\] Float"),
         (12, torch.ones(7, 3).int(), r"rows of the n-gram model must be \(N, 4\) int32; got \[7, 3\] Int"),
@@ -700,7 +737,7 @@ def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
     weights, memory = random_weights(7, 5, (6,), 4, 3), random_memory(3, 9, 4, 3)
     arguments = [weights.flat(), *memory, 4, SOS, EOS, None, some_limits(3), 0.0, 0.0, 0.0]
     model = table_model(torch.zeros(7, 7), SOS)
-    arguments += [model.rows, model.arcs, model.order, model.start, 0.1, None, 0.0, "fp32", None]
+    arguments += [model.rows, model.arcs, model.order, model.start, 0.1, None, 0.0, torch.inf, "fp32", None]
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.las_fast.speller_search_cpp(*arguments)

@@ -192,7 +192,9 @@ def test_a_ctc_weight_without_a_ctc_head_is_an_error():
         beam_search(ToyModel(), memory([1], [4]), config(ctc_weight=0.5))
 
 
-def plain_beam(model: ToyModel, one: ToyMemory, beam: int, longest: int, penalty: float) -> list[tuple[float, tuple]]:
+def plain_beam(
+    model: ToyModel, one: ToyMemory, beam: int, longest: int, penalty: float, threshold: float = math.inf
+) -> list[tuple[float, tuple]]:
     """Beam search over Python lists, the reference for beams that prune."""
     alive = [(0.0, ())]
     for step in range(longest + 1):
@@ -204,6 +206,9 @@ def plain_beam(model: ToyModel, one: ToyMemory, beam: int, longest: int, penalty
             for token in (EOS,) if step == longest else (EOS, *range(3, model.vocabulary)):
                 grown.append((score + log_probability(model, one, (*text, token))[-1], (*text, token)))
         alive = sorted(grown, key=lambda c: c[0] / len(c[1]) ** penalty, reverse=True)[:beam]
+        (best, text), *_ = alive
+        lowest = {n: best / len(text) ** penalty * n**penalty - threshold for n in range(1, step + 2)}
+        alive = [(score, text) for score, text in alive if text[-1] == EOS or score >= lowest[len(text)]]
     return alive
 
 
@@ -218,6 +223,22 @@ def test_a_pruning_beam_equals_beam_search_over_lists(beam, penalty, backend):
         actual = beam_search(ToyModel(8), one, settings, nbest=beam, backend=backend)[0]
         assert [(*h.text_tokens, EOS) for h in actual] == [text for _, text in expected]
         assert [h.score for h in actual] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 1.5])
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_thresholded_beam_equals_beam_search_over_lists(threshold, penalty, backend):
+    counts = set()
+    for seed in range(6):
+        one = memory([seed], [7])
+        expected = plain_beam(ToyModel(8), one, 8, 7, penalty, threshold)
+        settings = config(beam=8, length_penalty=penalty, beam_threshold=threshold)
+        actual = beam_search(ToyModel(8), one, settings, nbest=8, backend=backend)[0]
+        assert [(*h.text_tokens, EOS) for h in actual] == [text for _, text in expected]
+        assert [h.score for h in actual] == pytest.approx([score for score, _ in expected], abs=1e-4)
+        counts.add(len(actual))
+    assert min(counts) < 8  # fewer than the beam have survived
 
 
 def test_an_utterance_gets_the_same_result_alone_and_in_a_batch():
