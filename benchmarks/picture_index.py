@@ -16,6 +16,10 @@ OTHERS = {
         "Attention of the released `speech13h` on a dev utterance, below its spectrogram.",
         "`python -m las_fast.attention --checkpoint speech13h --data SPEECH --utterance so-012600177 --out FILE`",
     ),
+    "beam-threshold.png": (
+        "Change of the dev CER over the speed of the search, for values of `decoding.beam_threshold`.",
+        "`python -m benchmarks.beam_threshold`",
+    ),
     "learning-curve.png": (
         "Dev CER of `speech13h` over hours of training speech, measured up to 12.4 and predicted up to 460.",
         "`python -m benchmarks.learning_curve`",

@@ -10,17 +10,20 @@ from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 
 
-def add_split_options(parser: argparse.ArgumentParser, results: Path, *, checkpoint: str | None = None) -> None:
+def add_split_options(
+    parser: argparse.ArgumentParser, results: Path, *, checkpoint: str | None = None, required: bool = True
+) -> None:
     """Add --checkpoint, --data, --split and --record.
 
     Args:
         results:    CSV file of --record, for --help.
         checkpoint: default of --checkpoint, which is required without one.
+        required:   False: --checkpoint and --data may be missing.
     """
     add = parser.add_argument
-    add("--checkpoint", required=checkpoint is None, default=checkpoint,
+    add("--checkpoint", required=required and checkpoint is None, default=checkpoint,
         help="run folder, checkpoint file or released name")  # fmt: skip
-    add("--data", required=True, help="corpus, as for las_fast.decode")
+    add("--data", required=required, help="corpus, as for las_fast.decode")
     add("--split", default="dev", help="split to decode (default: dev)")
     add("--record", action="store_true", help=f"append the rows to benchmarks/results/{results.name}")
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     attention,
+    beam_threshold,
     cost,
     interleaved,
     interview,
@@ -49,6 +50,7 @@ from las_fast.data.corpus import Utterance
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
+from las_fast.ops import Steps
 from las_fast.search.beam import beam_search
 from las_fast.search.kneser_ney import encode_sentences, perplexity
 from las_fast.search.ngram import load_lm
@@ -582,6 +584,44 @@ def test_a_learning_curve_is_fitted_and_its_predictions_have_a_range(tmp_path, m
     (tmp_path / "curve.csv").unlink()
     with pytest.raises(InputError, match="two different amounts of speech, but curve.csv .* have 0; add"):
         learning_curve.main([])
+
+
+def test_beams_are_counted_until_they_end_or_are_dropped():
+    tokens = torch.tensor([[[5, 6, EOS]], [[5, EOS, 7]], [[EOS, EOS, EOS]], [[EOS, EOS, EOS]]])
+    parents = torch.tensor([[[0, 0, 0]], [[0, 2, 1]], [[0, 1, 2]], [[0, 1, 2]]])
+    scores = torch.zeros(4, 1, 3)
+    scores[1:, 0, 2] = -torch.inf
+    # 1 beam before the first step, then 2, then 1
+    assert beam_threshold.count_beams(Steps(tokens, parents, scores, parents)) == (4, 3)
+
+
+def test_a_beam_threshold_is_measured_against_the_search_without_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(beam_threshold, "FILE", tmp_path / "threshold.csv")
+    monkeypatch.setattr(beam_threshold, "PICTURE", tmp_path / "threshold.png")
+    make_manifest(tmp_path / "data", utterances=3)
+    sections = {"model": replace(MODEL, ctc_layer=0), "decoding": DecodingConfig(beam=4, ctc_weight=0.5)}
+    path = str(make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections))
+    options = ["--checkpoint", path, "--data", str(tmp_path / "data"), "--rounds", "1"]
+    beam_threshold.main([*options, "--thresholds", "0.01", "1000", "--record"])
+    none, low, high = rows = read_rows(tmp_path / "threshold.csv")
+    assert [float(row["threshold"]) for row in rows] == [0, 0.01, 1000] and none["search_speed"] == "1.0"
+    assert float(low["beams_per_step"]) < float(none["beams_per_step"]) == float(high["beams_per_step"])
+    assert (high["cer"], high["other_texts"]) == (none["cer"], "0")
+    out = capsys.readouterr().out
+    assert out.index("| 0 (none) | ") < out.index("| 1000 | ") < out.index("| 0.01 | ")
+    assert (tmp_path / "threshold.png").read_bytes()[:4] == b"\x89PNG"
+    beam_threshold.main([])
+    assert capsys.readouterr().out == out
+    for wrong, message in (
+        (["--checkpoint", path], "--checkpoint and --data go together"),
+        ([*options, "--every", "0"], "--every and --rounds must be at least 1; got 0 and 1"),
+        ([*options, "--thresholds", "0"], "--thresholds must be positive numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            beam_threshold.main(wrong)
+    (tmp_path / "threshold.csv").unlink()
+    with pytest.raises(InputError, match="no rows in threshold.csv yet; give --checkpoint and --data"):
+        beam_threshold.main([])
 
 
 def test_scores_by_a_missing_column_are_an_error(tmp_path):
