@@ -74,10 +74,9 @@ class SearchPaths:
     @torch.inference_mode()
     def run_las_fast(self, backend: str, precision: str = "fp32", capture: bool | None = None) -> tuple[list, Tensor]:
         """capture=False runs the search step by step, one op at a time, even where one op could do all of it."""
-        steps = self.shape.steps
-        config = DecodingConfig(
-            beam=self.shape.K, minimum_share=1.0, maximum_share=0.0, maximum_extra=steps - 1, precision=precision
-        )
+        limits = {"minimum_share": 1.0, "maximum_share": 0.0, "maximum_extra": self.shape.steps - 1}
+        # Without a threshold: the baselines keep all hypotheses.
+        config = DecodingConfig(beam=self.shape.K, beam_threshold=0.0, precision=precision, **limits)
         # As in decode_dataset.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision in LOW_PRECISIONS):
             memory = self.model.speller.attention.project_memory(self.listened, self.lengths)

@@ -72,7 +72,8 @@ class Parts:
 
     def decoder_decoding(self) -> None:
         limits = {"minimum_share": LETTERS_PER_FRAME, "maximum_share": LETTERS_PER_FRAME, "maximum_extra": 0}
-        config = dataclasses.replace(self.config.decoding, beam=BEAM, precision=self.precision, **limits)
+        settings = {"beam": BEAM, "beam_threshold": 0.0, "precision": self.precision}  # all hypotheses are counted
+        config = dataclasses.replace(self.config.decoding, **settings, **limits)
         beam_search(self.model.eval(), self.memory, config)
 
     def flops(self, part: str, task: str) -> float:

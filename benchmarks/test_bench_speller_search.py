@@ -36,7 +36,7 @@ def search(path, model, memory, K) -> tuple[list, torch.Tensor]:
     """Return the best tokens of each utterance and their scores (B,)."""
     if path == "step by step":
         limits = {"minimum_share": 1.0, "maximum_share": 0.0, "maximum_extra": STEPS - 1}
-        config = DecodingConfig(beam=K, length_penalty=0.0, **limits)
+        config = DecodingConfig(beam=K, beam_threshold=0.0, length_penalty=0.0, **limits)
         hypotheses = beam_search(model, memory, config, backend="cpp", capture=False)
         return [h[0].text_tokens for h in hypotheses], torch.tensor([h[0].score for h in hypotheses])
     limit = torch.full_like(memory.lengths, STEPS - 1)

@@ -240,7 +240,7 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class DecodingConfig:
     beam: int = number(8, at_least=1, at_most=MAX_BEAM)  # hypotheses kept at each step; 1: greedy
-    beam_threshold: float = 0.0  # hypotheses more than this many nats below the best are dropped; 0: none
+    beam_threshold: float = 3.5  # hypotheses more than this many nats below the best are dropped; 0: none
     length_penalty: float = number(1.0, at_most=100)  # hypotheses are ranked by score / length ** length_penalty
     # allow <eos> only if its log-probability exceeds this factor times that of the best other; 0: always
     eos_threshold: float = 0.0

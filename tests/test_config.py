@@ -201,7 +201,7 @@ TABLE = {
     "training.wandb": False,
     "training.validate_first": False,
     "decoding.beam": (8, 1, 1000),
-    "decoding.beam_threshold": (0.0, 0, 1_000_000_000),
+    "decoding.beam_threshold": (3.5, 0, 1_000_000_000),
     "decoding.length_penalty": (1.0, 0, 100),
     "decoding.eos_threshold": (0.0, 0, 1_000_000_000),
     "decoding.minimum_share": (0.0, 0, 1_000_000_000),

@@ -267,6 +267,7 @@ SEARCHES = {
     "coverage": {"coverage_weight": 0.1},
     "everything": {"ctc_weight": 0.3, "ngram_weight": 0.3, "coverage_weight": 0.1, "length_reward": 0.2,
                    "eos_threshold": 1.5, "minimum_share": 0.02},
+    "no threshold": {"beam_threshold": 0.0},
     "beam 1": {"beam": 1},
     "beam 130": {"beam": 130},
 }  # fmt: skip
