@@ -306,3 +306,13 @@ def test_a_sample_is_repeatable_and_spread_over_the_files():
     assert chosen == command.stratified(mutants, 10, seed=3) != command.stratified(mutants, 10, seed=4)
     counts = [sum(m.file == f"{f}.py" for _, m in chosen) for f in "ab"]
     assert sum(counts) == 10 and 6 <= counts[0] <= 9
+
+
+def test_in_a_sample_smaller_than_the_number_of_files_every_mutant_is_equally_likely():
+    sizes = {f"{name}.py": size for name, size in zip("abcdefgh", (1, 1, 1, 1, 1, 1, 1, 9), strict=True)}
+    mutants = [(None, Mutant(file, n, "", "constant", "1", "2", 0, nth=n)) for file, size in sizes.items()
+               for n in range(size)]  # fmt: skip
+    drawn = [m.file for seed in range(200) for _, m in command.stratified(mutants, 2, seed)]
+    counts = [drawn.count(file) for file in sizes]
+    assert all(10 <= count <= 45 for count in counts[:7])  # 1 of 16 mutants: 25 expected
+    assert 190 <= counts[7] <= 260  # 9 of 16: 225 expected

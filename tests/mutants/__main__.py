@@ -83,7 +83,10 @@ def select(chosen: list[tuple[Target, Mutant]], options: argparse.Namespace) -> 
 
 
 def stratified(chosen: list[tuple[Target, Mutant]], n: int, seed: int) -> list[tuple[Target, Mutant]]:
-    """Sample n mutants, from each file in proportion to its number (at least one, if n allows)."""
+    """Sample n mutants, from each file in proportion to its number, and at least one of each file.
+
+    If n is less than the number of files, every mutant is equally likely.
+    """
     files: dict[str, list[tuple[Target, Mutant]]] = {}
     for pair in chosen:
         files.setdefault(pair[1].file, []).append(pair)
@@ -92,8 +95,9 @@ def stratified(chosen: list[tuple[Target, Mutant]], n: int, seed: int) -> list[t
     ranked = []
     for pairs in files.values():
         pairs.sort(key=lambda pair: hashlib.sha1(f"{seed} {pair[1].id}".encode()).digest())
-        ranked += [((i + random.Random(f"{seed} {pair[1].id}").random() * (i > 0)) / len(pairs), pair) for i, pair in
-                   enumerate(pairs)]  # fmt: skip
+        for i, pair in enumerate(pairs):
+            drawn = random.Random(f"{seed} {pair[1].id}").random()
+            ranked.append((drawn if n < len(files) else (i + drawn * (i > 0)) / len(pairs), pair))
     ranked.sort(key=lambda item: item[0])
     kept = {id(pair) for _, pair in ranked[:n]}
     return [pair for pair in chosen if id(pair) in kept]
