@@ -165,6 +165,11 @@ def test_hypotheses_vote_on_words_at_the_same_place():
     assert votes.shares(0, 1) == pytest.approx([0.75, 0.5, 0.75])
 
 
+def test_hypotheses_of_very_low_scores_keep_their_probabilities():
+    votes = Votes(["A", "B"], [hypothesis("A", -5000.0), hypothesis("B", -5001.0)])
+    assert votes.probabilities == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
+
+
 def test_features_of_a_word_by_hand():
     scores = np.array([-1.0, -3.0, -0.5, -2.0, -0.25])  # AB, space, C, <eos>
     actual = word_features([(0, 2), (3, 4)], scores, np.array([-1.0, -20.0, 0.0, -0.5]), np.array([1.0, 0.5]))

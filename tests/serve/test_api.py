@@ -226,6 +226,12 @@ def test_a_large_body_is_refused_with_and_without_its_length(small):
     assert response.json()["error"]["code"] == "file_too_large"
 
 
+def test_a_text_field_has_at_most_64_kib(service, wav):
+    assert service.post(file=wav(), prompt="x" * 2**16).status_code == 200
+    status, error = service.error(file=wav(), prompt="x" * (2**16 + 1))
+    assert status == 400 and "exceeded maximum size of 64KB" in error["message"]
+
+
 def test_a_long_recording_is_refused(small, wav):
     assert small.post(file=wav(1.9)).status_code == 200
     status, error = small.error(file=wav(2.5))
@@ -353,6 +359,13 @@ def test_health_and_metrics(service, wav):
     text = service.client.get("/metrics").text
     assert 'las_fast_requests_total{path="/health",status="200"}' in text
     assert "las_fast_segments_total" in text and "las_fast_requests_in_progress 0.0" in text
+
+
+def test_the_durations_of_requests_are_counted_up_to_each_limit(service):
+    service.client.get("/health")
+    text = service.client.get("/metrics").text
+    limits = re.findall(r'request_seconds_bucket{le="(.*?)",path="/health"}', text)
+    assert limits == ["0.05", "0.1", "0.2", "0.5", "1.0", "2.0", "5.0", "10.0", "30.0", "60.0", "300.0", "+Inf"]
 
 
 def test_the_attention_of_a_segment_is_a_matrix_of_bytes(service, wav):
