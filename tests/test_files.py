@@ -240,6 +240,20 @@ def test_missing_inputs_are_ignored_and_existing_ones_protected(tmp_path):
         prepare_output_file(path, "--out", inputs=[tmp_path / "none", str(path)])
 
 
+SUFFIXES_OF_OTHER_FILES = """
+    .csv .tsv .txt .json .jsonl .srt .vtt .html .md .yaml .yml .pdf
+    .wav .flac .ogg .opus .mp3 .m4a .aac .wma .mp4 .aiff .au .w64 .webm
+    .safetensors .pt .pth .npy .npz .arpa .zip .gz .tar .png .jpg .py
+    .onnx .ckpt .bin .gguf .h5 .tflite .ts
+"""
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES_OF_OTHER_FILES.split())
+def test_a_language_model_never_gets_the_suffix_of_another_file(tmp_path, suffix):
+    with pytest.raises(InputError, match="the output is a model; give a name that ends in .lm"):
+        prepare_output_file(tmp_path / f"a{suffix}", "--out", what="a model", suffixes=(".lm",))
+
+
 @pytest.mark.parametrize(("name", "refused"), [("a.CSV", True), ("a.csv", True), ("a.xyz", False), ("a.LM", False)])
 def test_only_known_suffixes_are_refused(tmp_path, name, refused):
     with pytest.raises(InputError, match="give a name that ends in .lm") if refused else contextlib.nullcontext():

@@ -385,6 +385,7 @@ TRIE_DAMAGE = {
     "tokens that do not ascend": lambda t: changed(t, "tokens", V + 5, t["tokens"][V + 4] | 1),
     "a context without n-grams": lambda t: changed(t, "tokens", PAD, 4 * PAD + 2),
     "a last n-gram that is not last": lambda t: changed(t, "tokens", -1, t["tokens"][-1] & ~np.uint8(1)),
+    "an n-gram after the last run": lambda t: t["tokens"].__setitem__([-4, -1], t["tokens"][[-4, -1]] ^ 1),
     "longer n-grams than the order": lambda t: changed(t, "tokens", -1, t["tokens"][-1] | 2),
     "an n-gram without its shorter one": lambda t: changed(t, "tokens", -1, 4 * 3 + 1),
 }

@@ -105,6 +105,24 @@ def replace_dtype(bank):
     return replace(bank, weights=bank.weights.double())
 
 
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+def test_the_power_of_coloured_noise_falls_with_the_frequency_from_20_hz_on(monkeypatch, exponent):
+    monkeypatch.setattr(degrade, "COLOURS", (exponent, exponent))
+    monkeypatch.setattr(degrade, "BUMP_DB", 0.0)
+    centres = np.array([5.0, 10.0, 20.0, 40.0, 1000.0, 8000.0])
+    expected = (np.array([20.0, 20.0, 20.0, 40.0, 1000.0, 8000.0]) / 1000) ** -exponent
+    np.testing.assert_allclose(degrade.draw_colour(centres, np.random.default_rng(0)), expected, rtol=1e-5)
+
+
+def test_coloured_noise_has_eight_random_levels_and_lines_between_them(monkeypatch):
+    monkeypatch.setattr(degrade, "COLOURS", (0.0, 0.0))
+    decibels = 10 * degrade.draw_colour(np.full(15, 1000.0), np.random.default_rng(1)).log10().numpy()
+    generator = np.random.default_rng(1)
+    generator.uniform()
+    np.testing.assert_allclose(decibels[::2], generator.normal(0, 4, 8), atol=1e-4)
+    np.testing.assert_allclose(decibels[1::2], (decibels[:-2:2] + decibels[2::2]) / 2, atol=1e-4)
+
+
 def test_babble_is_close_to_the_sum_of_the_waveforms(monkeypatch):
     monkeypatch.setattr(degrade, "TALKERS", (1, 1))
     # Whispered: the harmonics of two synthetic voices interfere more than those of people.
