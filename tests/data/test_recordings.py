@@ -53,3 +53,10 @@ def test_nothing_found_is_an_error(folder, name, problem):
     (folder / "empty").mkdir()
     with pytest.raises(InputError, match=problem):
         find_recordings([folder / name])
+
+
+def test_names_with_line_breaks_are_shown_on_one_line(folder):
+    (folder / "two\nlines").mkdir()
+    for name, problem in (("two\nlines", r"two\\nlines has no recordings"), ("*\n", r"no recording matches .*\*\\n;")):
+        with pytest.raises(InputError, match=problem):
+            find_recordings([folder / name])
