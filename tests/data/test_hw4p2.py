@@ -14,7 +14,7 @@ from tiny_corpora import EDITIONS, make_archive, make_manifest, save, text_array
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import load_dataset
-from las_fast.data.hw4p2 import load_problem, peek_shape, read_transcript
+from las_fast.data.hw4p2 import find_archives, load_problem, peek_shape, read_transcript
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 
@@ -45,6 +45,14 @@ def test_root_may_be_above_or_below_the_archive(tmp_path, edition):
     split = archive / EDITIONS[edition].splits[0]
     for root in (archive, archive.parent, tmp_path / "downloads", split, split / EDITIONS[edition].features):
         assert open_corpus(root).root == archive
+
+
+def test_a_folder_beside_the_splits_is_not_the_archive(tmp_path):
+    archive = make_archive(tmp_path, "F23")
+    (archive / "notes" / "old").mkdir(parents=True)
+    for split in sorted(path for path in archive.iterdir() if path.name != "notes"):
+        assert find_archives(split) == [archive]
+    assert find_archives(archive / "notes") == find_archives(archive / "notes" / "old") == []
 
 
 def test_an_archive_without_a_test_split_is_still_s22(tmp_path):

@@ -114,6 +114,12 @@ def test_textgrid_intervals_fill_the_recording():
         assert all(start < end for start, end in times) and all(a[1] == b[0] for a, b in pairwise(times))
 
 
+@pytest.mark.parametrize("end", [10.0, 9.99996])
+def test_a_textgrid_has_no_empty_interval_after_text_up_to_its_end(end):
+    _, _, segments, _ = as_textgrid(PATH, transcript(segment("A", 0.4, end)), STYLE).split("item [")
+    assert re.findall('text = "(.*)"', segments) == ["", "A"]
+
+
 def test_rounding_carries_into_minutes_and_hours():
     assert clock(59.9996, ".") == "00:01:00.000"
     assert clock(59 * 60, ".") == "00:59:00.000" and clock(3600 + 60 + 1.5, ",") == "01:01:01,500"

@@ -38,6 +38,15 @@ def test_the_worst_utterances_have_errors_and_come_first():
     assert [row.id for row in mistakes.worst(many)] == [f"{i:02}" for i in range(12)]
 
 
+def test_the_order_of_the_rows_does_not_matter():
+    rows = [Decoded(id_, reference, text) for id_ in "abc" for reference in ("AB", "CD") for text in ("", "XY", "YX")]
+    assert mistakes.worst(rows) == mistakes.worst(rows[::-1]) == sorted(rows, reverse=True)[:12]
+    page = mistakes.utterances(rows, {})
+    assert mistakes.utterances(rows[::-1], {}) == page
+    best = re.findall(r'<td class="name">(.)</td>', page.partition("<h3>Best</h3>")[2])
+    assert best == ["a", "a", "a"]
+
+
 def test_a_recording_is_played_beside_its_utterance_only():
     rows = [Decoded('a"', "AB", "A"), Decoded("b", "AB", "B")]
     page = mistakes.utterances(rows, {'a"': "data:audio/mpeg;base64,AAAA"})
