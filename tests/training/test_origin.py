@@ -2,6 +2,7 @@
 
 import datetime
 import subprocess
+from pathlib import Path
 
 from las_fast import __version__
 from las_fast.system import current_commit, machine_name
@@ -15,6 +16,7 @@ def test_each_start_adds_a_line_with_command_machine_and_date(tmp_path):
     assert first["command"] == "python -m las_fast.train --config an4 --out 'a b'" and first["step"] == 0
     assert second["command"] == "python -m las_fast.train --resume" and second["step"] == 20
     assert (second["device"], second["machine"], second["version"]) == ("cuda:1", machine_name(), __version__)
+    assert first["commit"] == second["commit"] == current_commit(Path(__file__).parents[2])
     age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(first["date"])
     assert datetime.timedelta(0) <= age < datetime.timedelta(minutes=5)
 
