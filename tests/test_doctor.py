@@ -108,6 +108,29 @@ def test_a_torch_without_its_shared_libraries_is_reported():
 
 
 @pytest.mark.parametrize(
+    ("raised", "state"),
+    [
+        ("ModuleNotFoundError('no torch', name='torch')", "not installed"),
+        ("ModuleNotFoundError('no sympy', name='sympy')", "does not load (no sympy)"),
+        ("ImportError('no symbol', name='torch')", "does not load (no symbol)"),
+        ("OSError('no libc10.so')", "does not load (no libc10.so)"),
+    ],
+)
+def test_only_an_absent_torch_counts_as_not_installed(monkeypatch, tmp_path, raised, state):
+    (tmp_path / "torch.py").write_text(f"raise {raised}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert doctor.check_torch() == (state, doctor.INSTALL_TORCH)
+
+
+def test_the_command_prints_the_table(monkeypatch, capsys):
+    findings = {"disk": doctor.Finding("12 GiB free")}
+    monkeypatch.setattr(doctor, "run_checks", lambda: findings)
+    doctor.main([])
+    assert capsys.readouterr().out == doctor.table(findings) + "\n"
+
+
+@pytest.mark.parametrize(
     ("line", "installed", "problem"),
     [
         ("torch>=2.10", "2.9.1", "torch 2.9.1 is older than 2.10"),
@@ -205,6 +228,15 @@ def test_instruction_sets_are_those_that_the_extension_chooses_from(monkeypatch,
     assert finding.state == f"x86_64: {state}" and bool(finding.advice) == ("neither" in state)
     monkeypatch.setattr(doctor, "cpu_flags", set)
     assert doctor.check_instruction_sets() == ("x86_64", "")
+
+
+def test_instruction_sets_are_the_words_after_flags(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "Path", lambda _: tmp_path / "cpuinfo")
+    assert doctor.cpu_flags() == set()
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu avx2 fma\nvmx flags\t: vnmi\n")
+    assert doctor.cpu_flags() == {"fpu", "avx2", "fma"}
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd\n")
+    assert doctor.cpu_flags() == set()
 
 
 def test_the_extension_agrees_about_the_width_of_vectors():

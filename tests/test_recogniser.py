@@ -24,6 +24,7 @@ from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
 from las_fast.output.formats import word_row
 from las_fast.search import beam, dataset, ngram
+from las_fast.search.confidence import Calibration, Weights, calibration_path_for
 
 RATE = 16000
 BOTH = np.stack([make_speech(1.0, rate=22050, seed=1), 0.5 * make_speech(1.0, rate=22050, seed=3)], 1)
@@ -502,3 +503,13 @@ def test_invalid_features_are_a_one_sentence_error(workspace, features, options,
     recogniser = las_fast.load(workspace / "untrained-28.safetensors", device="cpu")
     with pytest.raises(InputError, match=message):
         recogniser.decode(features, **options)
+
+
+def test_greedy_search_has_confidences_of_its_own(tmp_path):
+    path = make_checkpoint(tmp_path, 20, mel_bins=23)
+    Calibration(Weights(1.0, {}, {}), Weights(-2.0, {}, {})).save(calibration_path_for(path))
+    model = las_fast.load(path, device="cpu")
+    for width, total in ((1, -2.0), (2, 1.0)):
+        words = model.transcribe(make_speech(0.6), sample_rate=RATE, beam=width).words
+        expected = [1 / (1 + np.exp(-total))] * len(words)
+        assert words and [word.confidence for word in words] == pytest.approx(expected, abs=1e-3)

@@ -123,6 +123,8 @@ def test_recordings_of_another_corpus_or_of_features_are_refused(tmp_path, capsy
         (b'{"id": "a", "text": "A", "reference": null}\n', "has no references to compare with"),
         (b'{"id": "a", "text": "A", "reference": 3}\n', "line 1, is not an utterance"),
         (b'{"id": "a", "text": null, "reference": "A"}\n', "line 1, is not an utterance"),
+        (b'{"text": "A", "reference": "A"}\n', "line 1, is not an utterance"),
+        (b'["id", "text"]\n', "line 1, is not an utterance"),
         (b"", "has no references to compare with"),
     ],
 )
@@ -147,7 +149,9 @@ def test_words_count_only_if_each_has_a_confidence():
     )
     assert report._words([{"word": "A", "confidence": 10**400}]) == (("A", 1.0),)
     nan = [{"word": "A", "confidence": float("nan")}]
-    for words in (nan, None, [], ["A"], [{"word": "A"}], [{"word": "A", "confidence": None}], {"word": "A"}):
+    without_text = [{"word": 1, "confidence": 0.5}], [{"confidence": 0.5}]
+    without_confidence = [{"word": "A"}], [{"word": "A", "confidence": None}]
+    for words in (*without_text, *without_confidence, nan, None, [], ["A"], {"word": "A"}):
         assert report._words(words) == ()
 
 

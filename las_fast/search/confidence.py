@@ -136,7 +136,7 @@ def word_features(
         ctc:    (U,) log-probability of each token under the CTC head, or None.
         shares: (N,) feature `share`.
     """
-    edges = np.array(spans).reshape(-1)
+    edges = np.array(spans).ravel()
     firsts, ends = edges[::2], edges[1::2]
     counts = ends - firsts
     scores = np.clip(scores, MIN_SCORE, 0)

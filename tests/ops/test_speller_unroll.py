@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import sys
 
@@ -95,6 +96,15 @@ def test_an_unused_output_needs_no_gradient(cpp):
         flat = [x.requires_grad_() for x in weights.flat()]
         speller_unroll(SpellerWeights.from_flat(flat), *others, backend=cpp)[place].sum().backward()
         assert all(x.grad is not None for x in flat)
+
+
+def test_a_pass_frees_all_its_tensors(fast_backend):
+    arguments, counts = inputs(*SMALL), []
+    for _ in range(3):
+        results(speller_unroll, arguments, backend=fast_backend)
+        gc.collect()
+        counts.append(sum(type(x) is torch.Tensor for x in gc.get_objects()))
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_gradients_of_the_reference_pass_gradcheck():
