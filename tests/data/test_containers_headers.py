@@ -572,6 +572,30 @@ def test_a_mat5_is_elements_to_the_end_of_the_file(monkeypatch):
     assert ends(rare._mat5_end, head + element * 2) == 128 + 308
 
 
+MAT4_NUMBERS = struct.pack("<5I", 0, 1, 1, 0, 11) + b"samplerate\0" + bytes(8) + struct.pack("<5I", 30, 2, 50, 0, 9)
+RARE_FILES = {
+    "nist": sphere(channel_count=1, sample_n_bytes=2, sample_count=50).ljust(1024) + bytes(100),
+    "avr": b"2BIT" + bytes(8) + struct.pack(">HH10xI", 0, 16, 50) + bytes(98 + 100),
+    "mpc": b"\1\4" + bytes(19) + struct.pack("<B8xI", 0, 50) + bytes(8 + 100),
+    "wve": b"ALawSoundFile**\0\x0f\x10" + struct.pack(">I", 100) + bytes(10 + 100),
+    "sds": b"\xf0\x7e" + bytes(4) + bytes([16, 0, 0, 0, 40, 0, 0]) + bytes(8 + 127),
+    "voc": b"Creative Voice File\x1a" + struct.pack("<HHH", 26, 0x10A, 0x1129) + b"\1\x64\0\0" + bytes(100) + b"\0",
+    "mat4": MAT4_NUMBERS + b"wavedata\0" + bytes(200),
+}
+
+
+@pytest.mark.parametrize("kind", RARE_FILES)
+def test_another_file_may_follow_one_of_a_rare_format(kind):
+    data = RARE_FILES[kind]
+    assert magic.container_at(Bytes(data), 0) == kind
+    assert streams_of(data + WAV) == intact_streams(len(data), len(data) + len(WAV))
+
+
+def test_elements_of_mat5_are_followed_to_the_end_of_the_file():
+    data = b"MATLAB 5.0 MAT".ljust(126) + b"IM" + struct.pack("<II", 14, 300) + bytes(100)
+    assert streams_of(data) == [Stream(((0, len(data)),), missing_bytes=200)]
+
+
 def test_a_file_shorter_than_its_claimed_length_is_reported():
     def walk(size, end, start=2):
         layout = FileLayout()

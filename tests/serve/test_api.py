@@ -361,6 +361,14 @@ def test_health_and_metrics(service, wav):
     assert "las_fast_segments_total" in text and "las_fast_requests_in_progress 0.0" in text
 
 
+def test_a_service_whose_model_has_failed_is_not_healthy(service, monkeypatch):
+    monkeypatch.setattr(type(service.batcher), "is_alive", False)
+    response = service.client.get("/health")
+    assert (response.status_code, response.json()["status"]) == (503, "failed")
+    monkeypatch.undo()
+    assert service.client.get("/health").status_code == 200
+
+
 def test_the_durations_of_requests_are_counted_up_to_each_limit(service):
     service.client.get("/health")
     text = service.client.get("/metrics").text

@@ -29,6 +29,7 @@ from serve.services import stalled_upload
         (["--max-seconds", "inf"], "--max-seconds must be a finite number above 0; got inf"),
         (["--max-megabytes", "nan"], "--max-megabytes must be a finite number above 0; got nan"),
         (["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
+        (["--nbest", "1", "--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["--nbest", "0"], "--nbest must be at least 1; got 0"),
         (["--batch-seconds", "nan"], "--batch-seconds must be 0 or more; got nan"),
         (["--port", "99999"], "--port must be from 0 to 65535; got 99999"),
