@@ -263,7 +263,7 @@ def test_a_training_prints_its_size_batches_and_threads(archive, tmp_path, monke
         size = f"model: {parameters / 1e6:.1f} M parameters, float32 on cpu"
         batches = f"3 batches per epoch, {100 * trainer.curriculum.batches_of(1).padding_share(0):.1f}% padding"
         assert printed.startswith(f"{size}; {batches}; from step 2 to 6\n")
-        assert ("threads: 3 of 4 cores; if the others are idle" in printed) == more
+        assert ("\nthreads: 3 of 4 cores; if the others are idle" in printed) == ("threads:" in printed) == more
     trainer.device = torch.device("cuda")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     train.print_summary(trainer)
