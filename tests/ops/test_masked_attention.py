@@ -446,6 +446,14 @@ def test_gradients_of_keys_and_values_are_skipped_on_request(cpp):
     assert torch.equal(partial[0], full[0]) and partial[1].shape == partial[2].shape == (0, 0, 0)
 
 
+def test_a_gradient_of_weights_that_were_not_returned_is_ignored(cpp):
+    leaves, lengths = inputs(grad=True), torch.tensor([7, 3, 1])
+    context, weights, *_ = torch.ops.las_fast.masked_attention_cpp(*leaves, lengths, 0.5, False)
+    expected = torch.autograd.grad(context.sum(), leaves, retain_graph=True)
+    actual = torch.autograd.grad(context.sum() + weights.sum(), leaves)
+    assert weights.numel() == 0 and all(map(torch.equal, actual, expected))
+
+
 @pytest.mark.parametrize("weights", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_the_registered_op_passes_opcheck(cpp, weights, dtype):
