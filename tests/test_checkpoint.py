@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import zipfile
 
 import pytest
 import torch
@@ -164,6 +165,17 @@ def test_a_truncated_training_state_is_a_one_sentence_error(tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match="last.pt is damaged"):
         load_state(path)
+
+
+def test_a_training_state_of_a_gpu_is_read_onto_the_cpu(tmp_path):
+    save_state(tmp_path / "cpu.pt", dict.fromkeys(STATE, 0) | {"model": torch.arange(3)})
+    with zipfile.ZipFile(tmp_path / "cpu.pt") as cpu, zipfile.ZipFile(tmp_path / "last.pt", "w") as gpu:
+        for name in cpu.namelist():
+            data = cpu.read(name)  # in a pickle, a text follows its length
+            gpu.writestr(name, data.replace(b"X\3\0\0\0cpu", b"X\6\0\0\0cuda:0"))
+    assert b"cuda:0" in (tmp_path / "last.pt").read_bytes()
+    model = load_state(tmp_path / "last.pt")["model"]
+    assert model.device.type == "cpu" and model.tolist() == [0, 1, 2]
 
 
 STATE = ["settings", "model", "averaged", "optimiser", "scaler", "progress", "core_seconds", "data"]

@@ -51,6 +51,27 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     assert system.cores() == 1
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 17\n", "AMD EPYC (family 25, model 17)"),
+        ("model name\t: AMD EPYC 9654\ncpu family\t: 25\nmodel\t\t: 17\n", "AMD EPYC 9654"),
+        ("model name\t: Neoverse N1\n", "Neoverse N1"),
+        ("BogoMIPS\t: 50.00\n", "some processor"),
+        (None, "some processor"),
+    ],
+)
+def test_the_name_of_a_processor_has_its_family_if_it_is_short(monkeypatch, tmp_path, lines, expected):
+    monkeypatch.setattr(system, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(system.platform, "processor", lambda: "some processor")
+    if lines is not None:
+        (tmp_path / "cpuinfo").write_text(lines)
+    assert system.machine_name() == expected
+    monkeypatch.setattr(system.platform, "processor", lambda: "")
+    monkeypatch.setattr(system.platform, "machine", lambda: "riscv64")
+    assert system.machine_name() == expected.replace("some processor", "riscv64")
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
 def test_decoding_returns_large_blocks_to_the_system_and_training_keeps_them():
     """Runs in a new process, which counts its mapped blocks."""

@@ -558,6 +558,18 @@ def test_each_format_goes_to_stdout_or_to_files_of_its_name(workspace, calls, tm
     assert calls[-1]["paths"] == ["silent.wav"]
 
 
+@pytest.mark.parametrize(("option", "formats"), [
+    (["--width", "30"], ("srt", "vtt")), (["--lines", "1"], ("srt", "vtt")), (["--word-times"], ("vtt",)),
+    (["--nbest", "2", "--beam", "2"], ("json",)),
+])  # fmt: skip
+def test_an_option_of_some_formats_is_refused_with_others(workspace, calls, capsys, option, formats):
+    for form in module.FORMATS:
+        refused = f"^{option[0]} is for {' and '.join(formats)}; got --format {form}$"
+        with contextlib.nullcontext() if form in formats else pytest.raises(InputError, match=refused):
+            ask(workspace, "--format", form, *option)
+    assert len(calls) == len(formats)
+
+
 def test_texts_of_several_files_have_their_names_on_one_line(workspace, calls, capsys):
     (workspace / "odd\nname.wav").write_bytes(b"")
     ask(workspace, files=["odd\nname.wav", "short.wav"])

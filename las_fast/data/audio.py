@@ -88,8 +88,8 @@ class Recording:
         path: Audio,
         sample_rate: int,
         *,
-        start: float = 0.0,
-        seconds: float | None = None,
+        start: float,
+        seconds: float | None,
         strict: bool = False,
         measure: bool = True,
     ):

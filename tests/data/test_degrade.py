@@ -156,6 +156,29 @@ def test_a_room_is_as_close_as_another_room_of_the_same_size():
         assert error(made, true, wave) < 1.1 * error(logmel(other), true, wave)
 
 
+def spread(values) -> tuple[float, float]:
+    """The least and the largest value."""
+    first, *_, last = sorted(map(float, values))
+    return first, last
+
+
+def test_rooms_differ_in_size_slope_and_distance():
+    rooms = [degrade.draw_room(3, np.random.default_rng(seed)) for seed in range(500)]
+    assert spread(t60[0] for t60, _ in rooms) == pytest.approx((0.2, 0.8), abs=0.01)  # seconds
+    assert spread(t60[2] / t60[0] for t60, _ in rooms) == pytest.approx((0.4, 1.0), abs=0.01)
+    assert all(t60[1] == pytest.approx(float(t60[0] + t60[2]) / 2) for t60, _ in rooms)
+    direct = [-10 * np.log10(energy) for _, energy in rooms]
+    assert spread(direct) == pytest.approx((-4, 8), abs=0.1)  # dB over the reverberation
+
+
+def test_bands_are_those_of_telephones_or_anything_between_60_and_7500_hz():
+    bands = [degrade.draw_band(np.random.default_rng(seed)) for seed in range(1000)]
+    others = [band for band in bands if band != (300, 3400)]
+    assert 650 <= len(others) <= 750
+    assert spread(low for low, _ in others) == pytest.approx((60, 500), abs=5)
+    assert spread(high for _, high in others) == pytest.approx((2500, 7500), abs=50)
+
+
 def test_the_tail_of_a_room_decays_by_60_db_within_t60():
     pulse = torch.zeros(100, 2)
     pulse[10] = 1.0

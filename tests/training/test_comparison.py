@@ -70,7 +70,9 @@ def test_the_summary_has_a_row_per_run(tmp_path):
     with (stopped / "log.jsonl").open("a") as log:
         log.write(json.dumps({"kind": "train", "step": 16, "epoch": 1.54762, "speed": 30.0}) + "\n")
     page = page_of(tmp_path, make_run(tmp_path / "a"), stopped)
-    rows = page[: page.index("<h2>Training")].split("<tr>")[2:]
+    heads, *rows = page[: page.index("<h2>Training")].split("<tr>")[1:]
+    columns = ["epochs", "best dev CER", "at epoch", "WER", "attention formed", "speed", "memory, GiB", "core hours"]
+    assert re.findall(r"<th.*?>(.*?)</th>", heads) == ["run", *columns]
     cells = [re.findall(r'<td class="rate">(.*?)</td>', row) for row in rows]
     assert cells == [
         ["2", "30.00 %", "2", "60.00 %", "epoch 2", "30 ×", "", "1.00"],
