@@ -101,6 +101,13 @@ def test_with_speed_there_are_as_many_batches_as_in_the_largest_of_four_epochs(s
     assert first.index(batches) == 3 or first[4] > batches  # the fourth epoch counts, the fifth does not
 
 
+def test_an_utterance_alone_in_the_largest_batch_is_not_divided():
+    batches = BucketBatches([1000, *[10] * 8], frames_per_batch=100, utterances_per_batch=8, seed=1)
+    batches._count = len(batches) + 3  # as if the speed of another epoch gave more batches
+    made = batches.epoch(0)
+    assert len(made) == len(batches) and all(made) and sorted(sum(made, [])) == list(range(9))
+
+
 def test_batches_use_the_lengths_after_the_speed_change(dataset):
     augment = Augment(AugmentConfig(speed=0.3))
     batches = BucketBatches(dataset.frame_counts, frames_per_batch=200, utterances_per_batch=4, seed=5, speed=0.3)
