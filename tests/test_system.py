@@ -72,6 +72,18 @@ def test_the_name_of_a_processor_has_its_family_if_it_is_short(monkeypatch, tmp_
     assert system.machine_name() == expected.replace("some processor", "riscv64")
 
 
+def test_what_is_missing_for_the_extension_comes_with_the_package_that_has_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(system.shutil, "which", lambda name: None)
+    problem, advice = system.missing_for_build()
+    assert "no C++ compiler" in problem and advice == "install g++"
+    monkeypatch.setattr(system.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(system.sysconfig, "get_path", lambda name: str(tmp_path))
+    problem, advice = system.missing_for_build()
+    assert str(tmp_path / "Python.h") in problem and advice.startswith("install python3-dev")
+    (tmp_path / "Python.h").touch()
+    assert system.missing_for_build() is None
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
 def test_decoding_returns_large_blocks_to_the_system_and_training_keeps_them():
     """Runs in a new process, which counts its mapped blocks."""

@@ -570,6 +570,13 @@ def test_an_option_of_some_formats_is_refused_with_others(workspace, calls, caps
     assert len(calls) == len(formats)
 
 
+@pytest.mark.parametrize("option", ["--case", "--existing", "--on-bad", "--vad", "--format"])
+def test_an_unknown_choice_is_refused(workspace, calls, capsys, option):
+    with pytest.raises(SystemExit):
+        ask(workspace, option, "Other")
+    assert option in capsys.readouterr().err and not calls
+
+
 def test_texts_of_several_files_have_their_names_on_one_line(workspace, calls, capsys):
     (workspace / "odd\nname.wav").write_bytes(b"")
     ask(workspace, files=["odd\nname.wav", "short.wav"])
