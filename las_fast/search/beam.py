@@ -74,7 +74,8 @@ def beam_search(
         memory:  from model.listen; lengths (B,) int64 encoder frames. config.ctc_weight also needs ctc_logits
             (B, T', V), whose blank is <pad>, and ctc_lengths (B,).
         config:  beam, length limits, penalties and weights.
-        nbest:   hypotheses to return per utterance; there are at most config.beam.
+        nbest:   maximum hypotheses to return per utterance. There are at most config.beam, and fewer if
+            config.beam_threshold has dropped some.
         ngram:   n-gram model, on the device; its weight is config.ngram_weight.
         packed:  from packed_weights, for this config and backend, with the model's weights unchanged since; None: the
             C++ search packs them itself.

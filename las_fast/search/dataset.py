@@ -67,7 +67,7 @@ def decode_dataset(
         dataset:       las_fast.data.dataset.SpeechDataset or Utterances.
         vocabulary:    of the model.
         config:        see beam_search.
-        nbest:         hypotheses per utterance.
+        nbest:         maximum hypotheses per utterance, as in beam_search.
         ngram, packed: see beam_search.
         speech_scores: whether to compute the speech_score of each utterance's best hypothesis.
         words:         finds the words of all nbest hypotheses; None: they have none.

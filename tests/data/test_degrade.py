@@ -157,7 +157,7 @@ def test_a_room_is_as_close_as_another_room_of_the_same_size():
 
 
 def spread(values) -> tuple[float, float]:
-    """The least and the largest value."""
+    """The smallest and the largest value."""
     first, *_, last = sorted(map(float, values))
     return first, last
 

@@ -83,9 +83,9 @@ def select(chosen: list[tuple[Target, Mutant]], options: argparse.Namespace) -> 
 
 
 def stratified(chosen: list[tuple[Target, Mutant]], n: int, seed: int) -> list[tuple[Target, Mutant]]:
-    """Sample n mutants, from each file in proportion to its number, and at least one of each file.
+    """Sample n mutants: from each file in proportion to the number of its mutants, and at least one.
 
-    If n is less than the number of files, every mutant is equally likely.
+    With fewer samples than files, every mutant is equally likely.
     """
     files: dict[str, list[tuple[Target, Mutant]]] = {}
     for pair in chosen:
