@@ -7,13 +7,14 @@
     rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
 
 The result is the K highest ranks; among equal ranks the lower flat index k * V + v comes first. With a beam threshold,
-a beam of the result that is not finished is dropped, which makes its score -inf, if it is too far below the best one:
+an unfinished beam of the result is dropped (its score becomes -inf) if it is too far below the best one:
 
     (best rank - rank) * tokens ** length_penalty > beam_threshold
 
-This is the threshold pruning of Lowerre 1976 (Harpy) and of Freitag and Al-Onaizan 2017, in nats. Beams of the same
-length are compared by their scores. A finished beam is compared by the score that its rank would be at the other's
-length, so a search ends as soon as all others are far below a finished one.
+where `tokens` is the number of tokens of that beam after the step. This is the threshold pruning of Lowerre 1976
+(Harpy) and of Freitag and Al-Onaizan 2017, in nats. In a search all unfinished beams have the same length: without
+coverage, the left side is the difference of their scores. The score of a finished beam is scaled to the length of the
+other one, so a search ends as soon as all others are far below a finished beam.
 """
 
 from __future__ import annotations
