@@ -11,6 +11,7 @@ the recorded rows, together with new ones.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.interleaved import time_interleaved
+from benchmarks.interleaved import Timing, time_interleaved
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context, read_rows
 from benchmarks.splits import add_split_options
 from las_fast.checkpoint import Loaded, load_model
@@ -78,7 +79,7 @@ class Searcher:
 
 
 def count_beams(steps: Steps) -> tuple[int, int]:
-    """Return how many beams the steps have computed, and in how many steps of an utterance."""
+    """Return the number of beams computed, and the number of steps, both summed over the utterances."""
     live = torch.zeros_like(steps.scores[0], dtype=torch.bool)
     live[:, 0] = True  # before the first step
     finished = torch.zeros_like(live)
@@ -119,38 +120,46 @@ def measure(loaded: Loaded, dataset: SpeechDataset, thresholds: Sequence[float],
     encoded = [Encoded(batch, listen(loaded.model, batch, base)) for batch in batches]
     decoded = {t: decode(searcher, encoded, config, len(dataset)) for t, config in settings.items()}
     timed = encoded[:: options.every]
-    timings = time_interleaved(
-        {str(t): partial(_search_all, searcher, timed, config) for t, config in settings.items()}
-        | {"listener": lambda: [listen(loaded.model, one.batch, base) for one in timed]},
-        baseline="0.0",
-        rounds=options.rounds,
-    )
     seconds = float(sum(dataset.seconds[one.batch.indices.numpy()].sum() for one in timed))
-    listener, exact = timings["listener"].cpu, timings["0.0"].cpu
+    timings = time_searches(searcher, timed, settings, options.rounds)
+    listener, unpruned = timings["listener"].cpu, timings["0.0"].cpu
     for t, (texts, beams) in decoded.items():
         timing = timings[str(t)]
         other = sum(a != b for a, b in zip(texts, decoded[0.0][0], strict=True))
         cer = round(score(dataset.texts, texts).cer, 3)
         yield (len(dataset), base.beam, t, cer, other, round(beams, 3), round(seconds, 1), options.rounds,
                round(listener, 3), round(timing.cpu, 3), round(timing.cpu_ratio, 3),
-               round((listener + exact) / (listener + timing.cpu), 3), round(timing.load, 2))  # fmt: skip
+               round((listener + unpruned) / (listener + timing.cpu), 3), round(timing.load, 2))  # fmt: skip
 
 
-def _search_all(searcher: Searcher, encoded: Sequence[Encoded], config: DecodingConfig) -> None:
-    for one in encoded:
-        searcher.hypotheses(one.memory, config)
+def time_searches(
+    searcher: Searcher, encoded: Sequence[Encoded], settings: dict[float, DecodingConfig], rounds: int
+) -> dict[str, Timing]:
+    """Time the search of the batches with each of the settings, by str(threshold), and the "listener"."""
+
+    def search(config: DecodingConfig) -> None:
+        for one in encoded:
+            searcher.hypotheses(one.memory, config)
+
+    def listen_again() -> None:
+        for one in encoded:
+            listen(searcher.loaded.model, one.batch, settings[0.0])
+
+    searches = {str(threshold): partial(search, config) for threshold, config in settings.items()}
+    return time_interleaved(searches | {"listener": listen_again}, baseline="0.0", rounds=rounds)
 
 
 def latest(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Return the rows of each checkpoint by threshold, none first; of equal thresholds the last row."""
-    by_name: dict[str, dict[float, dict[str, str]]] = {}
+    """Return the rows of each checkpoint and split by threshold, none first; of equal thresholds the last row."""
+    curves: dict[str, dict[float, dict[str, str]]] = {}
     for row in rows:
-        by_name.setdefault(row["checkpoint"], {})[float(row["threshold"]) or math.inf] = row
-    return {name: [found[t] for t in sorted(found, reverse=True)] for name, found in by_name.items()}
+        name = f"{row['checkpoint']}, {row['split']}"
+        curves.setdefault(name, {})[float(row["threshold"]) or math.inf] = row
+    return {name: [curve[t] for t in sorted(curve, reverse=True)] for name, curve in curves.items()}
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Return a Markdown table with a line per checkpoint and threshold."""
+    """Return a Markdown table per checkpoint and split, with a line per threshold."""
     heads = ("`decoding.beam_threshold`", "CER, %", "other texts", "beams per step", *MEASURES.values())
     lines = []
     for name, curve in latest(rows).items():
@@ -164,18 +173,18 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def draw(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write a PNG: change of the CER over speed, one line per checkpoint, points labelled with their thresholds."""
+    """Write a PNG: change of the CER over speed, a line per curve of `latest`, points labelled with thresholds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), MEASURES.items(), strict=True):
-        for (name, curve), colour in zip(latest(rows).items(), COLOURS, strict=False):
+        for (name, curve), colour in zip(latest(rows).items(), itertools.cycle(COLOURS), strict=False):
             speeds = [float(row[key]) for row in curve]
             changes = [float(row["cer"]) - float(curve[0]["cer"]) for row in curve]
             axes.plot(speeds, changes, "o-", color=colour, label=name, markersize=4, linewidth=1)
             for row, x, y in zip(curve, speeds, changes, strict=True):
-                if x > 1.05:  # the others lie on each other
+                if x > 1.05:  # the others overlap
                     text = f"{float(row['threshold']):g}"
                     axes.annotate(text, (x, y), textcoords="offset points", xytext=(0, 5), fontsize=7, color=colour)
         axes.axhspan(-0.02, 0.02, color="#dddddd", zorder=0)

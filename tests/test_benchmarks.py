@@ -595,6 +595,14 @@ def test_beams_are_counted_until_they_end_or_are_dropped():
     assert beam_threshold.count_beams(Steps(tokens, parents, scores, parents)) == (4, 3)
 
 
+def test_each_checkpoint_and_split_has_a_curve_by_threshold():
+    columns = ("checkpoint", "split", "threshold", "cer")
+    values = [("a", "dev", 3, 1), ("a", "dev", 0, 2), ("a", "test", 3, 3), ("b", "dev", 3, 4), ("a", "dev", 3, 5)]
+    curves = beam_threshold.latest([dict(zip(columns, map(str, row), strict=True)) for row in values])
+    cers = {name: [row["cer"] for row in curve] for name, curve in curves.items()}
+    assert cers == {"a, dev": ["2", "5"], "a, test": ["3"], "b, dev": ["4"]}
+
+
 def test_a_beam_threshold_is_measured_against_the_search_without_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(beam_threshold, "FILE", tmp_path / "threshold.csv")
     monkeypatch.setattr(beam_threshold, "PICTURE", tmp_path / "threshold.png")
