@@ -16,7 +16,7 @@ from las_fast.cli import run
 from las_fast.config import DecodingConfig, DecodingSettings, check_decoding
 from las_fast.errors import InputError
 from las_fast.files import first_line, prepare_output_file
-from las_fast.options import Parser, as_file, as_path, parse_settings
+from las_fast.options import Parser, add_beam_options, as_file, as_path, check_beam_options, parse_settings
 from las_fast.search.ngram import with_default_weight
 from las_fast.system import choose_device, return_freed_memory
 from las_fast.text import remedy
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.search.beam import Hypothesis
 
 MAX_LISTED = 20  # unknown characters listed in an error
-SHORT = ("beam", "beam_threshold")  # settings of decoding with a short option
+SHORT_OPTIONS = ("beam", "beam_threshold")  # decoding.beam is also --beam
 
 
 def parser() -> Parser:
@@ -43,13 +43,7 @@ def parser() -> Parser:
     )
     parser.add_argument("--split", required=True, help="split name, or train, dev or test; join several with +")
     parser.add_argument("--out", required=True, type=as_file, metavar="FILE.csv", help="submission file to write")
-    parser.add_argument("--beam", type=int, help="beam width; 1 is greedy (default: the checkpoint's)")
-    parser.add_argument(
-        "--beam-threshold",
-        type=float,
-        metavar="X",
-        help="drop hypotheses more than X nats below the best; 0: none (default: the checkpoint's)",
-    )
+    add_beam_options(parser)
     parser.add_argument(
         "--nbest", type=int, default=1, metavar="N", help="maximum hypotheses per utterance in --jsonl (default: 1)"
     )
@@ -91,16 +85,12 @@ def main(argv: list[str] | None = None) -> None:
         check_options(options)
         loaded.append(load_model(options.checkpoint, choose_device(options.device)))
         decoding = with_default_weight(loaded[0].config.decoding, options.lm)
-        given = {name: getattr(options, name) for name in SHORT if getattr(options, name) is not None}
-        return DecodingSettings(replace(decoding, **given))
+        values = {name: getattr(options, name) for name in SHORT_OPTIONS}
+        return DecodingSettings(replace(decoding, **{name: x for name, x in values.items() if x is not None}))
 
     options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
     check_decoding(loaded[0].config, settings.decoding)
-    for name in SHORT:
-        short, long = getattr(options, name), getattr(settings.decoding, name)
-        if short not in (None, long):
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {short:g} and --decoding.{option} {long:g} disagree; give one of them")
+    check_agreement(options, settings.decoding)
     if options.nbest > settings.decoding.beam:
         raise InputError(
             f"--nbest {options.nbest} needs a beam of at least {options.nbest}; give --beam {options.nbest}"
@@ -108,8 +98,18 @@ def main(argv: list[str] | None = None) -> None:
     decode(options, loaded[0], settings.decoding)
 
 
+def check_agreement(options: argparse.Namespace, decoding: DecodingConfig) -> None:
+    """Raise InputError if an option such as --beam has another value than --decoding.beam."""
+    for name in SHORT_OPTIONS:
+        short, long = getattr(options, name), getattr(decoding, name)
+        if short not in (None, long):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} {short:g} and --decoding.{option} {long:g} disagree; give one of them")
+
+
 def check_options(options: argparse.Namespace) -> None:
-    """Raise InputError if --nbest is below 1, or an output file must not be written."""
+    """Raise InputError if an option is out of range, or an output file must not be written."""
+    check_beam_options(options)
     if options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
     if options.jsonl and os.path.realpath(options.jsonl) == os.path.realpath(options.out):

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import math
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from las_fast.config import Config
+from las_fast.config import MAX_BEAM, Config
 from las_fast.errors import InputError, show
 from las_fast.plain_yaml import Plain, parse_bool, parse_number
 from las_fast.tree import from_tree, to_tree
@@ -286,6 +287,26 @@ def _value(kind: Any, word: str, option: str) -> Any:
     if value is None:
         raise InputError(f"{option} must be {TYPE_NAMES[kind.__name__]}; got {word!r}")
     return value
+
+
+def add_beam_options(parser: argparse.ArgumentParser) -> None:
+    """Add --beam and --beam-threshold, by default None."""
+    parser.add_argument("--beam", type=int, help="beam width; 1 is greedy (default: the checkpoint's)")
+    parser.add_argument(
+        "--beam-threshold",
+        type=float,
+        metavar="X",
+        help="drop hypotheses more than X nats below the best; 0: drop none (default: the checkpoint's)",
+    )
+
+
+def check_beam_options(options: argparse.Namespace) -> None:
+    """Raise InputError if --beam or --beam-threshold is out of range."""
+    beam, threshold = options.beam, options.beam_threshold
+    if beam is not None and not 1 <= beam <= MAX_BEAM:
+        raise InputError(f"--beam must be from 1 to {MAX_BEAM}; got {beam}")
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise InputError(f"--beam-threshold must be a finite number of at least 0; got {threshold:g}")
 
 
 def as_path(word: str) -> Path:

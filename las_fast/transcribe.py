@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from las_fast.cli import require_stdout, run
-from las_fast.config import MAX_BEAM, VADS
+from las_fast.config import VADS
 from las_fast.errors import BadRecording, InputError, show
 from las_fast.files import make_folder
-from las_fast.options import Parser, as_path, as_recording
+from las_fast.options import Parser, add_beam_options, as_path, as_recording, check_beam_options
 from las_fast.output.formats import FORMATS, Style
 from las_fast.output.subtitles import SubtitleSize
 from las_fast.output.transcripts import (
@@ -77,9 +77,7 @@ def parser() -> Parser:
     add("--lines", type=int, default=2, metavar="N", help="maximum lines of a cue of srt and vtt (default: 2)")
     add("--word-times", action="store_true", help="with vtt: a time tag per word, for players that highlight words")
     add("--nbest", type=int, default=1, metavar="N", help="with json: maximum hypotheses per segment (default: 1)")
-    add("--beam", type=int, help="beam width (default: the checkpoint's)")
-    add("--beam-threshold", type=float, metavar="X",
-        help="drop hypotheses more than X nats below the best; 0: none (default: the checkpoint's)")  # fmt: skip
+    add_beam_options(parser)
     add(
         "--lm",
         metavar="FILE",
@@ -133,16 +131,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for numbers out of range."""
-    for name in ("beam", "width", "lines", "nbest"):
+    for name in ("width", "lines", "nbest"):
         value = getattr(options, name)
-        if value is not None and value < 1:
+        if value < 1:
             raise InputError(f"--{name} must be at least 1; got {value}")
-    if options.beam is not None and options.beam > MAX_BEAM:
-        raise InputError(f"--beam must be at most {MAX_BEAM}; got {options.beam}")
+    check_beam_options(options)
     if options.beam is not None and options.nbest > options.beam:
         raise InputError(f"--nbest {options.nbest} needs a beam at least as wide; got --beam {options.beam}")
-    if options.beam_threshold is not None and not 0 <= options.beam_threshold < math.inf:
-        raise InputError(f"--beam-threshold must be a finite number of at least 0; got {options.beam_threshold:g}")
     if math.isnan(options.min_speech_score):
         raise InputError("--min-speech-score must be a number; got nan")
 

@@ -132,14 +132,14 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_work(workspace, c
     [
         (["gone.wav"], [], "gone.wav"),
         (["short.wav", "other.flac"], ["--format", "srt"], "give a folder with --out FOLDER"),
-        (["short.wav"], ["--beam", "1001"], "--beam must be at most 1000; got 1001"),
+        (["short.wav"], ["--beam", "1001"], "--beam must be from 1 to 1000; got 1001"),
         (
             ["short.wav"],
             ["--format", "json", "--beam", "2", "--nbest", "3"],
             "--nbest 3 needs a beam at least as wide; got",
         ),
         (["short.wav"], ["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
-        (["short.wav"], ["--beam", "0"], "--beam must be at least 1"),
+        (["short.wav"], ["--beam", "0"], "--beam must be from 1 to 1000; got 0"),
         (["short.wav"], ["--beam-threshold", "-1"], "--beam-threshold must be a finite number of at least 0; got -1"),
         (["short.wav"], ["--beam-threshold", "inf"], "--beam-threshold must be a finite number of at least 0; got inf"),
         (["short.wav"], ["--checkpoint", "gone"], "checkpoint gone"),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from las_fast.cli import run
 from las_fast.config import VADS
 from las_fast.errors import InputError, print_error, show
-from las_fast.options import Parser
+from las_fast.options import Parser, add_beam_options, check_beam_options
 from las_fast.output.transcripts import MIN_SPEECH_SCORE
 from las_fast.serve.limits import add_options, parse_limits
 from las_fast.system import choose_device, return_freed_memory
@@ -43,9 +43,7 @@ def parser() -> Parser:
         "passwords or encryption (default: 127.0.0.1)")  # fmt: skip
     add("--port", type=int, default=8000, help="port to listen on; 0 chooses a free one (default: 8000)")
     add_options(parser)
-    add("--beam", type=int, help="beam width, 1 is greedy (default: the checkpoint's)")
-    add("--beam-threshold", type=float, metavar="X",
-        help="drop hypotheses more than X nats below the best; 0: none (default: the checkpoint's)")  # fmt: skip
+    add_beam_options(parser)
     add("--lm", metavar="FILE", help="language model, as in transcribe (default: the checkpoint's)")
     add("--batch-seconds", type=float, default=60.0, metavar="N",
         help="seconds of speech decoded together; 0: one segment at a time (default: 60)")  # fmt: skip
@@ -67,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--batch-seconds must be 0 or more; got {options.batch_seconds:g}")
     if options.nbest is not None and options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
+    check_beam_options(options)
     if math.isnan(options.min_speech_score):
         raise InputError("--min-speech-score must be a number; got nan")
     check_packages()
