@@ -18,7 +18,7 @@
 #include "memory.h"
 #include "vector.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -27,7 +27,7 @@
 
 namespace las {
 
-inline bool tiles_allowed = true;  // tests set it to false to run what processors without AMX run
+inline bool tiles_allowed = true;  // false in tests of what processors without AMX run
 
 #ifndef LAS_AMX
 inline bool has_tiles() { return false; }
@@ -145,7 +145,7 @@ LAS_AMX void multiply_block(const ByteRows& rows, int64_t row, const char* panel
 }
 
 // Call block(panel, row, count, multiply) for each panel and each block of rows, where multiply(sums, stride, add)
-// computes the sums as above. `panels` has a panel of `columns` every `panel_bytes`.
+// computes the sums of the block as multiply_block does. `panels`: the packed weights, (columns, depth).
 template <class T, class Block>
 LAS_AMX void for_each_block(const ByteRows& rows, const void* panels, int64_t columns, const Block& block) {
   const int64_t panel_bytes = (rows.whole + rows.rest) * COLUMNS;

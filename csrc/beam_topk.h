@@ -213,7 +213,8 @@ struct Outputs {
   int64_t* lengths;
 };
 
-// Whether an unfinished beam of this many tokens is too far below the best one. False if no beam exists: -inf - -inf.
+// Whether an unfinished beam of `tokens` tokens is too far below the best one. False if no beam exists, because -inf
+// minus itself is NaN.
 inline bool dropped(const Options& options, float best_rank, float rank, int64_t tokens) {
   if (options.beam_threshold == INFINITE) return false;
   return (best_rank - rank) * std::pow(float(tokens), float(options.length_penalty)) > options.beam_threshold;
