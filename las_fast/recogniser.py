@@ -137,8 +137,8 @@ class Recogniser:
                               or tensor of samples, (N,) or (N, channels), float from -1 to 1, int16 or int32.
             sample_rate:      of an array, in Hz; must be omitted otherwise.
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
-            beam_threshold:   nats below the best hypothesis at which the search drops one; 0: none; by default that of
-                              the checkpoint's settings.
+            beam_threshold:   hypotheses more than this many nats below the best one are dropped; 0: none is; by default
+                              that of the checkpoint's settings.
             lm:               file of a language model, or name of a released one; its weight is 0.1 unless the settings
                               have one. None: that of the settings; False: no language model.
             nbest:            maximum hypotheses returned per segment, at most the beam; fewer if the search has dropped

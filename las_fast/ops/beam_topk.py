@@ -88,7 +88,7 @@ def beam_topk(
         coverage:  (B, K) float32, finite; added to the rank of every candidate of a beam (Wu et al. 2016); None: 0.
         ngram:     language model whose weighted log-probabilities are added to each step.
         ctc:       CTC log-probabilities to interpolate with those of the logits.
-        beam_threshold: nats below the best beam at which an unfinished one is dropped, 0 or more; infinity: none is.
+        beam_threshold: 0 or more nats; unfinished beams further below the best one are dropped; infinity: none is.
         backend:   "auto", "reference", "triton" or "cpp".
 
     Raises:
