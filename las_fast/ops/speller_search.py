@@ -111,7 +111,7 @@ def speller_search(
         backend: "auto", "reference" or "cpp".
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; precision or backend is unknown.
+        ValueError: shapes, dtypes or devices disagree; a number is out of range; precision or backend is unknown.
         RuntimeError: the named backend is not available here; in C++, a value is out of range or `packed` does not fit.
     """
     options = Options(
