@@ -188,7 +188,7 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
                     text = f"{float(row['threshold']):g}"
                     axes.annotate(text, (x, y), textcoords="offset points", xytext=(0, 5), fontsize=7, color=colour)
         axes.axhspan(-0.02, 0.02, color="#dddddd", zorder=0)
-        axes.set_xlabel(f"{label}, times that without a threshold")
+        axes.set_xlabel(f"{label}, relative to no threshold")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("change of the CER, points")
     figure.axes[0].legend(fontsize=8)
