@@ -353,7 +353,7 @@ def warn_of_overlap(train: SpeechDataset, dev: SpeechDataset) -> None:
 
     if shared := count_overlapping(train, dev):
         print(
-            f"warning: {shared} dev utterances are also in the training set, so dev scores say nothing about new "
+            f"warning: {shared} dev utterances are trained on too, so dev scores say nothing about new "
             "speech; choose others with --data.dev or in the manifest's column 'split'"
         )
     elif divided := count_shared_recordings(train, dev):

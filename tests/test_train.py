@@ -352,7 +352,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(archive, u
 def test_a_dev_set_inside_the_training_set_is_warned_of(archive, tmp_path, capsys):
     extra = {"training__epochs": 1, "data__dev": "train-clean-360"}
     train.main(arguments(archive, tmp_path, **extra))
-    assert "warning: 4 dev utterances are also in the training set" in capsys.readouterr().out
+    assert "warning: 4 dev utterances are trained on too" in capsys.readouterr().out
 
 
 def test_a_training_can_start_from_the_weights_of_another(archive, uninterrupted, tmp_path, monkeypatch):

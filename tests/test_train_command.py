@@ -214,7 +214,7 @@ def test_a_dataset_without_a_usable_utterance_is_refused(loaded, counts, name):
 
 @pytest.mark.parametrize(
     ("shared", "divided", "message"),
-    [(0, 0, ""), (4, 3, "4 dev utterances are also in the training set"), (0, 3, "3 recordings have parts in both")],
+    [(0, 0, ""), (4, 3, "4 dev utterances are trained on too"), (0, 3, "3 recordings have parts in both")],
 )
 def test_a_dev_set_that_was_trained_on_is_warned_of(loaded, capsys, shared, divided, message):
     loaded.answers, loaded.shared, loaded.divided = [utterances(1), utterances(1)], shared, divided
