@@ -70,23 +70,23 @@ def threads(number: int):
 
 
 @contextlib.contextmanager
+def setting(op, value):
+    """Call op(value), which returns the previous value, and restore that after the block."""
+    before = op(value)
+    try:
+        yield
+    finally:
+        op(before)
+
+
 def lanes(limit: int):
     """Limit C++ vectors to this many floats inside the block, as on an older processor."""
-    before = torch.ops.las_fast.limit_lanes(limit)
-    try:
-        yield
-    finally:
-        torch.ops.las_fast.limit_lanes(before)
+    return setting(torch.ops.las_fast.limit_lanes, limit)
 
 
-@contextlib.contextmanager
 def tiles(allowed: bool):
     """Allow C++ to use AMX inside the block, or not, as on a processor without it."""
-    before = torch.ops.las_fast.allow_tiles(allowed)
-    try:
-        yield
-    finally:
-        torch.ops.las_fast.allow_tiles(before)
+    return setting(torch.ops.las_fast.allow_tiles, allowed)
 
 
 def digests(check_and_digest) -> set[str]:
