@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from las_fast.config import DecodingConfig
 from las_fast.model.las import LAS
 from las_fast.ops import Steps, backends, speller_search
-from las_fast.search.steps import Limits, Search, ctc_log_probs
+from las_fast.search.steps import Limits, Search, beam_threshold, ctc_log_probs
 from las_fast.text import EOS, SOS
 
 LOW_PRECISIONS = (
@@ -51,7 +49,7 @@ def search_natively(search: Search, memory, limits: Limits) -> Steps:
         ngram_weight=config.ngram_weight,
         ctc_log_probs=ctc_log_probs(config, memory),
         ctc_weight=config.ctc_weight,
-        beam_threshold=config.beam_threshold or math.inf,
+        beam_threshold=beam_threshold(config),
         precision=native_precision(config),
         packed=search.packed,
         backend="cpp",

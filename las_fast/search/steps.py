@@ -140,6 +140,11 @@ def advance(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, tuple[
     return beams, (chunk, (beams.finished | beams.scores.isneginf()).all())
 
 
+def beam_threshold(config: DecodingConfig) -> float:
+    """Return the threshold of the ops, in which infinity drops no beam."""
+    return config.beam_threshold or math.inf
+
+
 def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
     """Take one step; the tensors of Steps are (B, K)."""
     config, backend, attention, ctc = search.config, search.backend, beams.attention, beams.ctc
@@ -162,7 +167,7 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
         coverage=None if attention is None else config.coverage_weight * coverage(attention, memory.lengths),
         ngram=None if ngram is None else Ngram(ngram.log_probs, config.ngram_weight),
         ctc=None if ctc is None else Ctc(ctc.next_log_probs, config.ctc_weight),
-        beam_threshold=config.beam_threshold or math.inf,
+        beam_threshold=beam_threshold(config),
         backend=backend,
     )
     if attention is not None:
