@@ -1,6 +1,6 @@
-"""Measure a checkpoint's CER on a split as it is, and with noise, babble, a telephone, a room and silence.
+"""Measure the CER of checkpoints on a split as it is, and with noise, babble, a telephone, a room and silence.
 
-    python -m benchmarks.robustness --checkpoint RUN|NAME --data ROOT [--split dev] [--ways greedy best] [--record]
+    python -m benchmarks.robustness --checkpoint RUN|NAME [...] --data ROOT [--ways greedy best] [--record]
 
 The recipe changes the waveform, before everything that las_fast does to it. Its random numbers are seeded by the
 condition and the id of the utterance, so checkpoints of one sample rate hear the same from the same utterances. SNR is
@@ -13,7 +13,9 @@ the ratio of the mean power of the speech, pauses excluded, to that of the noise
                    3 dB above the rest
     4 s of zeros   before and after
 
-"greedy" is attention alone; "best" is the checkpoint's own settings, with its CTC weight and language model.
+"greedy" is attention alone; "best" is the checkpoint's own settings, with its CTC weight and language model. The tables
+have several checkpoints side by side, and the relative change of the CER from the first to the last. Recordings are
+read and changed once for all checkpoints of one sample rate.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import argparse
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,8 +32,10 @@ import soxr
 import torch
 
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
+from benchmarks.side_by_side import labels, load_checkpoints, score_table
 from benchmarks.silence import pad
-from las_fast.checkpoint import Loaded, load_model
+from benchmarks.splits import add_checkpoints_option
+from las_fast.checkpoint import Loaded
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, FeatureConfig
 from las_fast.data.audio import load_audio
@@ -67,6 +71,7 @@ class Recordings:
     powers: list[float]
 
 
+Cers = dict[tuple[str, str, str, str], float]  # percent; by label, condition, way and part
 Change = Callable[[Recordings, int, np.random.Generator], np.ndarray]  # of utterance i; returns samples (N,) float32
 
 
@@ -199,16 +204,38 @@ def load_recordings(utterances: list[Utterance], rate: int) -> Recordings:
     return Recordings(rate, samples, [speech_power(one, rate) for one in samples])
 
 
-def make_dataset(loaded: Loaded, recordings: Recordings, utterances: list[Utterance], condition: str) -> Utterances:
-    """Return the model's inputs for every utterance under a condition."""
-    config, features, seconds = loaded.config.features, [], []
+def input_settings(loaded: Loaded) -> tuple:
+    """Return everything that the model's inputs depend on besides the samples."""
+    statistics = loaded.statistics
+    arrays = (statistics.mean, statistics.std) if statistics else ()
+    return loaded.config.features, *(array.numpy().tobytes() for array in arrays)
+
+
+def make_input(loaded: Loaded, samples: np.ndarray) -> torch.Tensor:
+    """Return the model's input (T, input_size) for samples (N,)."""
+    config = loaded.config.features
+    ((frames, _),) = speech_features([samples], config)
+    return add_deltas(normalise(frames, config, loaded.statistics), config.deltas)
+
+
+def make_datasets(
+    checkpoints: Sequence[Loaded], recordings: Recordings, utterances: list[Utterance], condition: str
+) -> list[Utterances]:
+    """Return each model's inputs for every utterance under a condition; models with equal inputs share them.
+
+    The checkpoints have the sample rate of the recordings.
+    """
+    kinds = {input_settings(loaded): loaded for loaded in checkpoints}
+    inputs: dict[tuple, list[torch.Tensor]] = {kind: [] for kind in kinds}
+    seconds = []
     for i in track(range(len(utterances)), condition, "utterances"):
         samples = changed(recordings, utterances, i, condition)
-        ((frames, _),) = speech_features([samples], config)
-        features.append(add_deltas(normalise(frames, config, loaded.statistics), config.deltas))
-        seconds.append(len(samples) / config.sample_rate)
-    assert len(features) == len(utterances) and all(bool(x.isfinite().all()) for x in features)
-    return Utterances(features, [u.id for u in utterances], seconds)
+        seconds.append(len(samples) / recordings.rate)
+        for kind, loaded in kinds.items():
+            inputs[kind].append(make_input(loaded, samples))
+    assert all(len(some) == len(utterances) and all(bool(x.isfinite().all()) for x in some) for some in inputs.values())
+    datasets = {kind: Utterances(some, [u.id for u in utterances], seconds) for kind, some in inputs.items()}
+    return [datasets[input_settings(loaded)] for loaded in checkpoints]
 
 
 def decodings(settings: DecodingConfig) -> dict[str, DecodingConfig]:
@@ -229,6 +256,57 @@ def parts(utterances: list[Utterance], options: argparse.Namespace) -> dict[str,
     return dict(groups)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint, and how it is decoded."""
+
+    name: str  # as it was given
+    label: str  # in tables
+    loaded: Loaded
+    ways: dict[str, tuple[DecodingConfig, NgramModel | None]]
+
+    @property
+    def rate(self) -> int:
+        """Sample rate in Hz."""
+        return self.loaded.config.features.sample_rate
+
+
+def prepare(options: argparse.Namespace) -> list[Entry]:
+    """Load the checkpoints and their language models."""
+    names, entries = options.checkpoint, []
+    for name, label, loaded in zip(names, labels(names), load_checkpoints(names), strict=True):
+        ways = {}
+        for way, decoding in decodings(loaded.config.decoding).items():
+            if way in options.ways:
+                lm = options.lm if decoding.ngram_weight else None
+                ways[way] = (decoding, load_ngram_model(lm, decoding, loaded, "cpu"))
+        entries.append(Entry(name, label, loaded, ways))
+    return entries
+
+
+@torch.inference_mode()
+def measure_rate(entries: list[Entry], utterances: list[Utterance], groups: dict[str, list[int]],
+                 conditions: list[str], *, several: bool) -> Cers:  # fmt: skip
+    """Return the CERs of checkpoints of one sample rate.
+
+    Args:
+        groups:     utterance indices of each part.
+        conditions: to measure.
+        several:    whether there are other checkpoints, so that the lines printed need names.
+    """
+    recordings, cers = load_recordings(utterances, entries[0].rate), {}
+    texts = [u.transcript for u in utterances]
+    for condition in conditions:
+        datasets = make_datasets([entry.loaded for entry in entries], recordings, utterances, condition)
+        for entry, data in zip(entries, datasets, strict=True):
+            for way, (decoding, ngram) in entry.ways.items():
+                result = measure(entry.loaded, data, texts, groups, decoding, ngram)
+                cers |= {(entry.label, condition, way, part): cer for part, cer in result.items()}
+                name = f", {entry.label}" if several else ""
+                print(f"{condition}, {way}{name}: CER {result['all']:.2f}%", flush=True)
+    return cers
+
+
 def measure(loaded: Loaded, data: Utterances, texts: list[str], groups: dict[str, list[int]], decoding: DecodingConfig,
             ngram: NgramModel | None) -> dict[str, float]:  # fmt: skip
     """Decode every utterance, and return the CER of each group in percent."""
@@ -240,15 +318,18 @@ def measure(loaded: Loaded, data: Utterances, texts: list[str], groups: dict[str
     }
 
 
-def markdown(cers: dict[tuple[str, str, str], float], way: str) -> str:
-    """Return a Markdown table of CER, and its multiple of the clean CER, with a line per condition."""
-    conditions = list(dict.fromkeys(condition for condition, one, _ in cers if one == way))
-    names = list(dict.fromkeys(part for _, one, part in cers if one == way))
-    lines = [f"| CER, %, {way} | {' | '.join(names)} |", f"|{'---|' * (len(names) + 1)}"]
-    for condition in conditions:
-        cells = [cell(cers[condition, way, part], cers.get(("clean", way, part))) for part in names]
-        lines.append(f"| {condition} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def markdown(cers: Mapping[tuple[str, str, str, str], float], way: str, *, checkpoints: list[str],
+             conditions: list[str], names: list[str]) -> str:  # fmt: skip
+    """Return a Markdown table of CER, and its multiple of the clean CER, with a line per condition and checkpoint.
+
+    Args:
+        cers:  see Cers.
+        way:   name of the decoding.
+        names: of the parts.
+    """
+    some = {(name, condition, part): cer for (name, condition, one, part), cer in cers.items() if one == way}
+    return score_table(f"CER, %, {way}", some, lambda key: cell(some[key], some.get((key[0], "clean", key[2]))),
+                       checkpoints=checkpoints, rows=conditions, parts=names)  # fmt: skip
 
 
 def cell(cer: float, clean: float | None) -> str:
@@ -256,10 +337,19 @@ def cell(cer: float, clean: float | None) -> str:
     return f"{cer:.2f} (x {cer / clean:.2f})" if clean else f"{cer:.2f}"
 
 
+def record(cers: Cers, entries: list[Entry], groups: dict[str, list[int]], split: str) -> None:
+    """Append a row per CER to FILE, checkpoint by checkpoint."""
+    for entry in entries:
+        constant = (*context(), entry.name, split)
+        rows = [(*constant, part, condition, way, len(groups[part]), f"{cer:.2f}")
+                for (label, condition, way, part), cer in cers.items() if label == entry.label]  # fmt: skip
+        append_rows(FILE, COLUMNS, rows)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.robustness", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint file or released name")
+    add_checkpoints_option(parser)
     parser.add_argument("--data", required=True, help="corpus of recordings")
     parser.add_argument("--split", default="dev")
     parser.add_argument("--limit", type=int, metavar="N", help="use N random utterances (default: all)")
@@ -267,7 +357,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS, metavar="NAME",
                         help=f"any of {', '.join(map(repr, CONDITIONS))} (default: all)")  # fmt: skip
     parser.add_argument("--ways", nargs="+", default=["greedy"], choices=("greedy", "best"))
-    parser.add_argument("--lm", help="language model (default: the checkpoint's, if it has one)")
+    parser.add_argument("--lm", help="language model (default: each checkpoint's, if it has one)")
     parser.add_argument("--by", default="", help="manifest column to divide the split by")
     parser.add_argument("--record", action="store_true", help=f"append the rows to benchmarks/results/{FILE.name}")
     return parser.parse_args(argv)
@@ -275,31 +365,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    loaded = load_model(options.checkpoint)
-    ways = {name: one for name, one in decodings(loaded.config.decoding).items() if name in options.ways}
-    models = {name: load_ngram_model(options.lm if one.ngram_weight else None, one, loaded, "cpu")
-              for name, one in ways.items()}  # fmt: skip
+    entries = prepare(options)
     utterances = open_utterances(options)
     groups = parts(utterances, options)
-    recordings = load_recordings(utterances, loaded.config.features.sample_rate)
-    texts = [u.transcript for u in utterances]
-    cers: dict[tuple[str, str, str], float] = {}
-    for condition in CONDITIONS:  # clean first
-        if condition not in options.conditions:
-            continue
-        with torch.inference_mode():
-            data = make_dataset(loaded, recordings, utterances, condition)
-            for way, decoding in ways.items():
-                result = measure(loaded, data, texts, groups, decoding, models[way])
-                cers |= {(condition, way, part): cer for part, cer in result.items()}
-                print(f"{condition}, {way}: CER {result['all']:.2f}%", flush=True)
+    conditions = [condition for condition in CONDITIONS if condition in options.conditions]  # clean first
+    rates = sorted({entry.rate for entry in entries})
+    cers: Cers = {}
+    for rate in rates:
+        same = [entry for entry in entries if entry.rate == rate]
+        cers |= measure_rate(same, utterances, groups, conditions, several=len(entries) > 1)
     print(f"{len(utterances)} utterances of {options.split}")
-    print("\n\n".join(markdown(cers, way) for way in ways))
+    if len(rates) > 1:
+        print(f"checkpoints with different sample rates, {', '.join(map(str, rates))} Hz, hear different noise")
+    shape = {"checkpoints": [entry.label for entry in entries], "conditions": conditions, "names": list(groups)}
+    print("\n\n".join(markdown(cers, way, **shape) for way in entries[0].ways))
     if options.record:
-        label = (*context(), options.checkpoint, options.split)
-        rows = [(*label, part, condition, way, len(groups[part]), f"{cer:.2f}")
-                for (condition, way, part), cer in cers.items()]  # fmt: skip
-        append_rows(FILE, COLUMNS, rows)
+        record(cers, entries, groups, options.split)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ from las_fast.errors import InputError
 
 
 def add_split_options(
-    parser: argparse.ArgumentParser, results: Path, *, checkpoint: str | None = None, required: bool = True
+    parser: argparse.ArgumentParser,
+    results: Path,
+    *,
+    checkpoint: str | None = None,
+    required: bool = True,
+    several: bool = False,
 ) -> None:
     """Add --checkpoint, --data, --split and --record.
 
@@ -19,13 +24,23 @@ def add_split_options(
         results:    CSV file of --record, for --help.
         checkpoint: default of --checkpoint, which is required without one.
         required:   False: --checkpoint and --data may be missing.
+        several:    --checkpoint takes several, see add_checkpoints_option.
     """
     add = parser.add_argument
-    add("--checkpoint", required=required and checkpoint is None, default=checkpoint,
-        help="run folder, checkpoint file or released name")  # fmt: skip
+    if several:
+        add_checkpoints_option(parser)
+    else:
+        add("--checkpoint", required=required and checkpoint is None, default=checkpoint,
+            help="run folder, checkpoint file or released name")  # fmt: skip
     add("--data", required=required, help="corpus, as for las_fast.decode")
     add("--split", default="dev", help="split to decode (default: dev)")
     add("--record", action="store_true", help=f"append the rows to benchmarks/results/{results.name}")
+
+
+def add_checkpoints_option(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint, a list of one or several."""
+    text = "run folder, checkpoint file or released name; several are compared, the last with the first"
+    parser.add_argument("--checkpoint", required=True, nargs="+", action="extend", metavar="RUN|FILE|NAME", help=text)
 
 
 def add_every_option(parser: argparse.ArgumentParser, *, only: str = "") -> None:
