@@ -19,7 +19,7 @@ from las_fast.config import VADS
 from las_fast.errors import BadRecording, InputError, show
 from las_fast.files import make_folder
 from las_fast.options import Parser, add_beam_options, as_path, as_recording, check_beam_options
-from las_fast.output.formats import FORMATS, Style
+from las_fast.output.formats import FORMATS, STYLE_OPTIONS, SUFFIXES, Style, Use, unused_option
 from las_fast.output.subtitles import SubtitleSize
 from las_fast.output.transcripts import (
     MIN_SPEECH_SCORE,
@@ -149,8 +149,7 @@ def choose_format(options: argparse.Namespace, recordings: int) -> None:
         InputError: --out is a file, but has the suffix of another format or there are several recordings; several
             recordings are printed in a format other than text and json; or an option does not apply to the format.
     """
-    by_suffix = {suffix.lower(): name for name, (suffix, _) in FORMATS.items()}
-    named = by_suffix.get(options.out.suffix.lower()) if options.out and not options.out.is_dir() else None
+    named = SUFFIXES.get(options.out.suffix.lower()) if options.out and not options.out.is_dir() else None
     options.out_is_file = named is not None
     if named and recordings > 1:
         raise InputError(f"--out {show(options.out)} is one file, but there are {recordings} recordings; give a folder")
@@ -162,12 +161,10 @@ def choose_format(options: argparse.Namespace, recordings: int) -> None:
         raise InputError(
             f"{recordings} recordings need {recordings} {options.format} files; give a folder with --out FOLDER"
         )
-    uses = {"nbest": (1, ("json",)), "width": (42, ("srt", "vtt")), "lines": (2, ("srt", "vtt")),
-            "word_times": (False, ("vtt",))}  # fmt: skip
-    for name, (default, formats) in uses.items():
-        if getattr(options, name) != default and options.format not in formats:
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{option} is for {' and '.join(formats)}; got --format {options.format}")
+    uses = {"nbest": Use(1, ("json",)), **STYLE_OPTIONS}
+    if name := unused_option(options.format, vars(options), uses):
+        option = f"--{name.replace('_', '-')}"
+        raise InputError(f"{option} is for {' and '.join(uses[name].formats)}; got --format {options.format}")
 
 
 def emit(path: Path, transcript: Transcript, options: argparse.Namespace, targets: dict[Path, Path], *, several: bool):

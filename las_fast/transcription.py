@@ -41,7 +41,8 @@ class RecordingState:
     def transcript(self) -> Transcript:
         """Return the transcript of the segments decoded so far."""
         text = join_texts(self.segments).strip()
-        return Transcript(text, tuple(self.segments), tuple(self.noise), self.duration)
+        path = os.fsdecode(self.recording) if isinstance(self.recording, (str, os.PathLike)) else None
+        return Transcript(text, tuple(self.segments), tuple(self.noise), self.duration, path)
 
 
 @dataclass

@@ -22,7 +22,7 @@ import las_fast
 from las_fast import decode, lm, recogniser, transcribe
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
-from las_fast.output.formats import word_row
+from las_fast.output.formats import FORMATS, word_row
 from las_fast.search import beam, dataset, ngram
 from las_fast.search.confidence import Calibration, Weights, calibration_path_for
 
@@ -273,6 +273,32 @@ def test_a_missing_model_or_device_is_a_one_sentence_error(arguments, message):
     name, device = (*arguments, "cpu")[:2]
     with pytest.raises(InputError, match=message):
         las_fast.load(name, device=device)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_saved_transcript_has_the_bytes_that_the_command_writes(workspace, model, tmp_path, form):
+    argv = ["--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"]
+    options = {"width": 20, "lines": 1} if form in ("srt", "vtt") else {}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    if form == "vtt":
+        options["word_times"], words = True, [*words, "--word-times"]
+    file = tmp_path / f"talk{FORMATS[form][0]}"
+    transcribe.main([str(workspace / "short.wav"), *argv, *words, "--out", str(file)])
+    transcript = model.transcribe(str(workspace / "short.wav"))
+    transcript.save(tmp_path / "new" / file.name, **options)
+    expected = file.read_bytes()
+    assert (tmp_path / "new" / file.name).read_bytes() == expected and len(expected) > 4
+    assert transcript.to_string(form, **options).encode() == expected
+
+
+def test_a_transcript_has_the_path_of_its_recording(workspace, model):
+    path = workspace / "short.wav"
+    assert model.transcribe(path).recording == str(path)
+    with path.open("rb") as file:
+        transcript = model.transcribe(file)
+    assert transcript.recording is None and json.loads(transcript.to_string("json"))["file"] is None
+    ((_, one),) = model.transcribe_all([str(path)])
+    assert one.recording == str(path) and one == transcript
 
 
 def test_results_are_typed_frozen_and_short_to_print(workspace, model):

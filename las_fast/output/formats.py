@@ -1,7 +1,7 @@
 """Transcripts as text, JSON, subtitles, tables and annotations.
 
-Each function of FORMATS takes the path of the recording, its transcript and a Style, and returns the contents of the
-output file.
+Each function of FORMATS takes the path of the recording (None if it has none), its transcript and a Style, and returns
+the contents of the output file.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from las_fast.errors import InputError, show
 from las_fast.output.subtitles import SubtitleSize, make_cues
 from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word
 
@@ -28,7 +29,7 @@ class Style:
     word_times: bool = False  # whether cues of vtt have a time tag per word
 
 
-def as_text(path: Path, transcript: Transcript, style: Style) -> str:
+def as_text(path: Path | None, transcript: Transcript, style: Style) -> str:
     """Paragraphs, one per line."""
     return "\n".join(paragraphs(transcript)) + "\n"
 
@@ -45,10 +46,11 @@ def paragraphs(transcript: Transcript) -> list[str]:
     return [" ".join(words) for words in groups]
 
 
-def as_json(path: Path, transcript: Transcript, style: Style) -> str:
+def as_json(path: Path | None, transcript: Transcript, style: Style) -> str:
     """One line; las_fast/search/README.md describes the fields."""
     segments = [{"id": i, **segment_row(segment)} for i, segment in enumerate(transcript.segments)]
-    row = {"file": os.fspath(path), "text": transcript.text, "duration": transcript.duration, "segments": segments}
+    file = None if path is None else os.fspath(path)
+    row = {"file": file, "text": transcript.text, "duration": transcript.duration, "segments": segments}
     return json.dumps(rounded(row), ensure_ascii=False) + "\n"
 
 
@@ -80,13 +82,13 @@ def rounded(value: Any) -> Any:
     return [rounded(x) for x in value] if isinstance(value, list) else value
 
 
-def as_srt(path: Path, transcript: Transcript, style: Style) -> str:
+def as_srt(path: Path | None, transcript: Transcript, style: Style) -> str:
     """SubRip: numbered cues."""
     cues = enumerate(make_cues(transcript.words, style.size), 1)
     return "\n".join(f"{n}\n{clock(c.start, ',')} --> {clock(c.end, ',')}\n{c.text}\n" for n, c in cues)
 
 
-def as_vtt(path: Path, transcript: Transcript, style: Style) -> str:
+def as_vtt(path: Path | None, transcript: Transcript, style: Style) -> str:
     """WebVTT; with word times, a tag before each later word of a cue tells players when to highlight it."""
     blocks = ["WEBVTT\n"]
     for cue in make_cues(transcript.words, style.size):
@@ -107,22 +109,22 @@ def _escape_html(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def as_tsv(path: Path, transcript: Transcript, style: Style) -> str:
+def as_tsv(path: Path | None, transcript: Transcript, style: Style) -> str:
     """Segments as whisper writes them: start and end in milliseconds, and text, separated by tabs."""
     rows = (f"{round(s.start * 1000)}\t{round(s.end * 1000)}\t{s.text}\n" for s in transcript.segments if s.text)
     return "start\tend\ttext\n" + "".join(rows)
 
 
-def as_ctm(path: Path, transcript: Transcript, style: Style) -> str:
+def as_ctm(path: Path | None, transcript: Transcript, style: Style) -> str:
     """Words as NIST's sclite reads them: recording, channel, start, duration, word, confidence."""
-    name = "_".join(path.stem.split()) or "recording"
+    name = "_".join(path.stem.split() if path else []) or "recording"
     return "".join(
         f"{name} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text} {word.confidence:.3f}\n"
         for word in transcript.words
     )
 
 
-def as_textgrid(path: Path, transcript: Transcript, style: Style) -> str:
+def as_textgrid(path: Path | None, transcript: Transcript, style: Style) -> str:
     """Tiers "segments" and "words" for Praat, in its long text format."""
     tiers = {
         "segments": [(s.start, s.end, s.text) for s in transcript.segments],
@@ -168,7 +170,7 @@ def clock(seconds: float, point: str) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{point}{rest % 1000:03}"
 
 
-Writer = Callable[[Path, Transcript, Style], str]
+Writer = Callable[[Path | None, Transcript, Style], str]
 FORMATS: dict[str, tuple[str, Writer]] = {  # name -> (suffix, function)
     "text": (".txt", as_text),
     "json": (".json", as_json),
@@ -178,3 +180,50 @@ FORMATS: dict[str, tuple[str, Writer]] = {  # name -> (suffix, function)
     "ctm": (".ctm", as_ctm),
     "textgrid": (".TextGrid", as_textgrid),
 }
+SUFFIXES = {suffix.lower(): name for name, (suffix, _) in FORMATS.items()}
+
+
+class Use(NamedTuple):
+    """Which formats an option applies to."""
+
+    default: Any
+    formats: tuple[str, ...]
+
+
+STYLE_OPTIONS = {
+    "width": Use(SubtitleSize.width, ("srt", "vtt")),
+    "lines": Use(SubtitleSize.lines, ("srt", "vtt")),
+    "word_times": Use(False, ("vtt",)),
+}
+
+
+def suffix_list() -> str:
+    """Return the suffixes of all formats, for errors."""
+    *first, last = (suffix for suffix, _ in FORMATS.values())
+    return f"{', '.join(first)} or {last}"
+
+
+def format_of(path: Path) -> str:
+    """Return the format that the suffix of a file names; raise InputError if it names none."""
+    try:
+        return SUFFIXES[path.suffix.lower()]
+    except KeyError:
+        raise InputError(f"{show(path)}: the name of a transcript must end in {suffix_list()}; change it") from None
+
+
+def unused_option(form: str, values: Mapping[str, Any], uses: Mapping[str, Use] = STYLE_OPTIONS) -> str | None:
+    """Return the first option that is set although it has no effect in the format; None if there is none."""
+    return next((name for name, use in uses.items() if values[name] != use.default and form not in use.formats), None)
+
+
+def write_string(transcript: Transcript, form: str, *, width: int, lines: int, word_times: bool) -> str:
+    """Return a transcript in a format; Transcript.to_string documents the arguments and the errors."""
+    if form not in list(FORMATS):
+        raise InputError(f"the format must be one of {', '.join(FORMATS)}; got {form!r}")
+    for name, value in (("width", width), ("lines", lines)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a whole number of at least 1; got {value!r}")
+    if unused := unused_option(form, {"width": width, "lines": lines, "word_times": word_times}):
+        raise InputError(f"{unused} is for {' and '.join(STYLE_OPTIONS[unused].formats)}; got the format {form}")
+    path = None if transcript.recording is None else Path(transcript.recording)
+    return FORMATS[form][1](path, transcript, Style(SubtitleSize(width, lines), word_times))

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from las_fast.files import NAME_MAX
+from las_fast.errors import InputError, show, type_name
+from las_fast.files import NAME_MAX, expand, make_folder, write_text_atomically
 
 MIN_SPEECH_SCORE = 1.0  # segments with a lower speech score are mostly noise
 POOL_SECONDS = 600.0  # seconds of speech decoded together
@@ -58,6 +59,7 @@ class Transcript:
     segments: tuple[Segment, ...]  # in order
     noise: tuple[Segment, ...] = ()  # segments left out of the text because of a low speech score
     duration: float = 0.0  # of the recording, in seconds
+    recording: str | None = field(default=None, compare=False)  # its path; None for a file object or an array
 
     @property
     def words(self) -> tuple[Word, ...]:
@@ -73,6 +75,41 @@ class Transcript:
 
         segments, noise = tuple(map(changed, self.segments)), tuple(map(changed, self.noise))
         return replace(self, text=change(self.text), segments=segments, noise=noise)
+
+    def to_string(self, format: str, *, width: int = 42, lines: int = 2, word_times: bool = False) -> str:
+        """Return the transcript in a format, as the command `transcribe --format` writes it.
+
+        Args:
+            format:     "text", "json", "srt", "vtt", "tsv", "ctm" or "textgrid".
+            width:      maximum characters per line of srt and vtt.
+            lines:      maximum lines of a cue of srt and vtt.
+            word_times: with vtt, whether each word has a time tag, for players that highlight words.
+
+        Raises:
+            InputError: there is no such format, a number is below 1, or an option does not apply to the format.
+        """
+        from las_fast.output.formats import write_string  # which imports this module
+
+        return write_string(self, format, width=width, lines=lines, word_times=word_times)
+
+    def save(self, path: str | os.PathLike[str], *, width: int = 42, lines: int = 2, word_times: bool = False) -> None:
+        """Write the transcript to a file, as the command `transcribe --out` does; an existing file is replaced.
+
+        Args:
+            path: its suffix is the format: .txt, .json, .srt, .vtt, .tsv, .ctm or .TextGrid. Its folder is created.
+            width, lines, word_times: as in `to_string`.
+
+        Raises:
+            InputError: the suffix is another, an option is invalid, or the file cannot be written.
+        """
+        from las_fast.output.formats import format_of
+
+        if not isinstance(path, (str, os.PathLike)):
+            raise InputError(f"the file of a transcript is a path; got {type_name(path)}")
+        file = expand(os.fspath(path))
+        text = self.to_string(format_of(file), width=width, lines=lines, word_times=word_times)
+        make_folder(file.parent, f"save {show(file)}")
+        write_text_atomically(file, text)
 
     def __str__(self) -> str:
         return self.text

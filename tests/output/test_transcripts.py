@@ -1,10 +1,13 @@
 """Transcripts, and the names of their files."""
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from las_fast.errors import InputError
 from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word, _shortened, output_files
 
 
@@ -28,6 +31,60 @@ def test_the_words_of_a_transcript_are_those_of_its_segments():
     first, second = Word("A", 0.0, 0.5, 1.0), Word("B", 2.0, 2.5, 1.0)
     transcript = Transcript("A B", (segment("A", words=(first,)), segment("B", 2.0, (second,))))
     assert transcript.words == (first, second)
+
+
+SAID = Transcript("A B", (segment("A B", words=(Word("A", 0.0, 0.5, 1.0), Word("B", 0.5, 1.5, 1.0))),))
+
+
+def test_the_suffix_of_a_saved_transcript_is_its_format(tmp_path, monkeypatch):
+    file = tmp_path / "new" / "talk.SRT"
+    SAID.save(file)
+    assert file.read_bytes() == b"1\n00:00:00,000 --> 00:00:01,500\nA B\n" == SAID.to_string("srt").encode()
+    SAID.map_text(str.lower).save(str(file), width=1)
+    assert file.read_bytes() == b"1\n00:00:00,000 --> 00:00:01,500\na\nb\n"  # replaced
+    monkeypatch.setenv("HOME", str(tmp_path))
+    SAID.save("~/talk.tsv")
+    assert (tmp_path / "talk.tsv").read_text() == "start\tend\ttext\n0\t1000\tA B\n"
+
+
+def test_ctm_of_a_transcript_without_a_path_has_a_name():
+    assert SAID.to_string("ctm").startswith("recording 1 0.000 0.500 A")
+    assert replace(SAID, recording="a/my talk.wav").to_string("ctm").startswith("my_talk 1 0.000 0.500 A")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("talk.docx", {}, r"^\S+talk\.docx: the name of a transcript must end in \.txt, \.json, \.srt, \.vtt, \.tsv, "
+         r"\.ctm or \.TextGrid; change it$"),
+        ("talk", {}, "talk: the name of a transcript must end in"),
+        ("talk.srt", {"width": 0}, "^width must be a whole number of at least 1; got 0$"),
+        ("talk.srt", {"lines": 1.5}, "^lines must be a whole number of at least 1; got 1.5$"),
+        ("talk.srt", {"lines": True}, "^lines must be a whole number of at least 1; got True$"),
+        ("talk.srt", {"word_times": True}, "^word_times is for vtt; got the format srt$"),
+        ("talk.json", {"width": 30}, "^width is for srt and vtt; got the format json$"),
+        ("taken/talk.srt", {}, r"^save \S+: the folder \S+ cannot be created \(\S+taken is a file\); choose another$"),
+        ("folder.srt", {}, r"folder\.srt is not a regular file; give another name$"),
+    ],
+)  # fmt: skip
+def test_a_transcript_that_cannot_be_saved_is_one_sentence(tmp_path, name, options, message):
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "folder.srt").mkdir()
+    with pytest.raises(InputError, match=message):
+        SAID.save(tmp_path / name, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.srt", "taken"]
+
+
+@pytest.mark.parametrize("form", ["txt", "", None, ["srt"]])
+def test_an_unknown_format_is_one_sentence(form):
+    expected = f"the format must be one of text, json, srt, vtt, tsv, ctm, textgrid; got {form!r}"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        SAID.to_string(form)
+
+
+def test_a_path_of_another_type_is_one_sentence():
+    with pytest.raises(InputError, match="^the file of a transcript is a path; got a value of type int$"):
+        SAID.save(5)
 
 
 @pytest.mark.parametrize(
