@@ -27,7 +27,7 @@ from las_fast.cli import run
 from las_fast.config import Config, check, load_config
 from las_fast.data import spoken
 from las_fast.errors import InputError
-from las_fast.options import Parser, as_path, check_names, field_names, override
+from las_fast.options import Parser, as_folder, check_names, field_names, override
 from las_fast.tree import to_tree
 
 PRESET = "tiny"
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--out", type=as_path, default=Path("runs/demo"), help="folder for all results (default runs/demo)"
+        "--out", type=as_folder, default=Path("runs/demo"), help="folder for all results (default runs/demo)"
     )
     spoken.add_sizes(parser)
     parser.add_argument("--beam", type=int, default=8, help="hypotheses kept in decoding (default 8)")

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,8 @@ KNOWN_SUFFIXES = {  # an output of another kind must not have one of these
     *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".mp4", ".aiff", ".au", ".w64", ".webm"),
     *(".safetensors", ".pt", ".pth", ".npy", ".npz", ".arpa", ".zip", ".gz", ".tar", ".png", ".jpg", ".py"),
     *(".onnx", ".ckpt", ".bin", ".gguf", ".h5", ".tflite", ".ts"),
+    *(".doc", ".docx", ".odt", ".rtf", ".tex", ".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".xml", ".htm"),
+    *(".ctm", ".stm", ".rttm", ".textgrid", ".eaf", ".ass", ".ssa", ".sub", ".sbv", ".ttml", ".lrc"),
 }
 
 
@@ -82,6 +85,11 @@ def utf8_path(path: str | Path) -> Iterator[str]:
         yield f"/proc/self/fd/{handle}" if os.path.isdir("/proc/self/fd") else f"/dev/fd/{handle}"
     finally:
         os.close(handle)
+
+
+def may_be_file_name(path: Path) -> bool:
+    """Return whether a name ends like that of a file: a dot, then a letter and up to seven letters or digits."""
+    return re.fullmatch(r"\.[A-Za-z][A-Za-z0-9]{0,7}", path.suffix) is not None
 
 
 # ----------------------------------------------------------------------------------------------------------- Reading

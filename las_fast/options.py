@@ -17,7 +17,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from las_fast.config import MAX_BEAM, Config
 from las_fast.errors import InputError, show
@@ -325,6 +325,28 @@ def as_recording(word: str) -> Path:
     """Convert an argument to the path of a recording; "-" is standard input, and ./- a file of that name."""
     path = as_path(word)
     return path.absolute() if str(path) == "-" != word else path  # pathlib turns ./- into -
+
+
+def as_folder(word: str) -> Path:
+    """Convert an argument to the path of an output folder; a new name like that of a file is an error."""
+    from las_fast.files import KNOWN_SUFFIXES
+
+    path = as_path(word)
+    if path.suffix.lower() in KNOWN_SUFFIXES and not word.endswith(os.sep) and not path.exists():
+        raise argparse.ArgumentTypeError(f"{word} has the suffix of a file; give a folder, or add a slash: {word}/")
+    return path
+
+
+class Output(NamedTuple):
+    """A file or a folder to write."""
+
+    path: Path
+    is_marked_folder: bool  # whether it was written with a slash at its end
+
+
+def as_output(word: str) -> Output:
+    """Convert an argument to the path of an output file or folder."""
+    return Output(as_path(word), word.endswith(os.sep))
 
 
 def as_file(word: str) -> Path:

@@ -22,7 +22,7 @@ from las_fast.cli import run
 from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, load_settings, presets, to_yaml
 from las_fast.errors import InputError, print_error
 from las_fast.files import AVERAGED, BEST, LAST, make_folder
-from las_fast.options import Parser, as_path, parse_settings
+from las_fast.options import Parser, as_folder, as_path, parse_settings
 from las_fast.system import choose_device, cores
 from las_fast.training.adapt import (
     FINETUNE,
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest"
     )
-    parser.add_argument("--out", required=True, type=as_path, metavar="RUN", help="run folder to write")
+    parser.add_argument("--out", required=True, type=as_folder, metavar="RUN", help="run folder to write")
     parser.add_argument("--resume", action="store_true", help="continue the training in --out")
     parser.add_argument(
         "--init", metavar="RUN|FILE|NAME", help="start from the weights of a checkpoint instead of random weights"

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from las_fast.cli import require_stdout, run
 from las_fast.config import VADS
 from las_fast.errors import BadRecording, InputError, show
-from las_fast.files import make_folder
-from las_fast.options import Parser, add_beam_options, as_path, as_recording, check_beam_options
-from las_fast.output.formats import FORMATS, STYLE_OPTIONS, SUFFIXES, Style, Use, unused_option
+from las_fast.files import KNOWN_SUFFIXES, make_folder, may_be_file_name
+from las_fast.options import Parser, add_beam_options, as_output, as_recording, check_beam_options
+from las_fast.output.formats import FORMATS, STYLE_OPTIONS, SUFFIXES, Style, Use, suffix_list, unused_option
 from las_fast.output.subtitles import SubtitleSize
 from las_fast.output.transcripts import (
     MIN_SPEECH_SCORE,
@@ -67,9 +67,9 @@ def parser() -> Parser:
     add("--format", choices=FORMATS, type=str.lower,
         help="json has a line per recording, tsv per segment, ctm per word; textgrid is for Praat "
         "(default: that of --out FILE, else text)")  # fmt: skip
-    add("--out", type=as_path, metavar="FOLDER|FILE",
+    add("--out", type=as_output, metavar="FOLDER|FILE",
         help="folder for RECORDING.txt, .json, .srt ..., in subfolders like those of a folder given; or, for one "
-             "recording, a file such as talk.srt")  # fmt: skip
+             "recording, a file such as talk.srt; a name that ends in / is always a folder")  # fmt: skip
     add("--existing", choices=("error", "skip", "replace"), default="error",
         help="what to do if an output file exists; skip: keep it, do not transcribe (default: error)")  # fmt: skip
     add("--case", choices=("lower", "upper"), help="write texts in lower or upper case (default: as the model does)")
@@ -143,19 +143,15 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def choose_format(options: argparse.Namespace, recordings: int) -> None:
-    """Set options.format, from --out FILE if it is not given, and options.out_is_file.
+    """Set options.format, from --out FILE if it is not given, and options.out_is_file; make options.out a path.
 
     Raises:
-        InputError: --out is a file, but has the suffix of another format or there are several recordings; several
+        InputError: --out FILE has the suffix of another format or of none, or there are several recordings; several
             recordings are printed in a format other than text and json; or an option does not apply to the format.
     """
-    named = SUFFIXES.get(options.out.suffix.lower()) if options.out and not options.out.is_dir() else None
-    options.out_is_file = named is not None
-    if named and recordings > 1:
-        raise InputError(f"--out {show(options.out)} is one file, but there are {recordings} recordings; give a folder")
-    if named and options.format not in (None, named):
-        suffix = FORMATS[options.format][0]
-        raise InputError(f"--format {options.format} writes {suffix} files; got --out {show(options.out)}")
+    options.out_is_file = out_is_file(options, recordings)
+    options.out = options.out and options.out.path
+    named = format_of_out(options, recordings) if options.out_is_file else None
     options.format = options.format or named or "text"
     if options.format not in ("text", "json") and recordings > 1 and options.out is None:
         raise InputError(
@@ -165,6 +161,36 @@ def choose_format(options: argparse.Namespace, recordings: int) -> None:
     if name := unused_option(options.format, vars(options), uses):
         option = f"--{name.replace('_', '-')}"
         raise InputError(f"{option} is for {' and '.join(uses[name].formats)}; got --format {options.format}")
+
+
+def out_is_file(options: argparse.Namespace, recordings: int) -> bool:
+    """Return whether --out is a file: neither an existing folder nor marked as one, with the suffix of a file.
+
+    A suffix that is not known is that of a file if a single recording is given, because a folder for it is unlikely.
+    """
+    if options.out is None or options.out.is_marked_folder or options.out.path.is_dir():
+        return False
+    path = options.out.path
+    if path.suffix.lower() in {*SUFFIXES, *KNOWN_SUFFIXES}:
+        return True
+    is_single = recordings == 1 and not any(one.is_dir() for one in options.files)
+    return is_single and may_be_file_name(path)
+
+
+def format_of_out(options: argparse.Namespace, recordings: int) -> str:
+    """Return the format that --out FILE names; raise InputError as choose_format does."""
+    out = show(options.out)
+    named = SUFFIXES.get(options.out.suffix.lower())
+    if named is None:
+        raise InputError(
+            f"--out {out}: the name of a transcript must end in {suffix_list()}; for a folder of this name, add a "
+            f"slash: {out}/"
+        )
+    if recordings > 1:
+        raise InputError(f"--out {out} is one file, but there are {recordings} recordings; give a folder")
+    if options.format not in (None, named):
+        raise InputError(f"--format {options.format} writes {FORMATS[options.format][0]} files; got --out {out}")
+    return named
 
 
 def emit(path: Path, transcript: Transcript, options: argparse.Namespace, targets: dict[Path, Path], *, several: bool):

@@ -20,6 +20,7 @@ from las_fast.files import (
     first_line,
     is_utf8,
     make_folder,
+    may_be_file_name,
     nearest_path_hint,
     prepare_output_file,
     safetensors_format,
@@ -65,10 +66,23 @@ def test_a_suffix_of_another_kind_of_file_is_refused(text, tmp_path, name):
     assert text.read_text().startswith("HELLO")
 
 
-@pytest.mark.parametrize("name", ["dev.srt", "dev.jsonl", "dev.wav", "run.safetensors"])
+@pytest.mark.parametrize("name", ["dev.srt", "dev.jsonl", "dev.wav", "run.safetensors", "dev.xlsx", "dev.docx"])
 def test_a_submission_is_a_csv(archive, model, tmp_path, name):
     with pytest.raises(InputError, match=r"the output is a submission in CSV; give a name that ends in .csv"):
         run_decode(archive, model, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_likely"),
+    [
+        ("a/talk.docx", True), ("talk.mp3", True), ("x.Z", True), (".talk.abcdefgh", True),
+        ("talk", False), (".talk", False), ("talk.", False), ("v1.2", False), ("2026.11.29", False),
+        ("Mr. Smith", False), ("talk.abcdefghi", False), ("talk.a-b", False), ("a.wav/talk", False),
+        ("talk.wav\n", False),
+    ],
+)  # fmt: skip
+def test_a_short_suffix_that_begins_with_a_letter_is_that_of_a_file(name, is_likely):
+    assert may_be_file_name(Path(name)) is is_likely
 
 
 @pytest.mark.parametrize("name", ["dev.csv", "dev.txt", "dev", "dev.2024", "dev.lm"])

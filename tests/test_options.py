@@ -64,6 +64,12 @@ def test_every_command_names_missing_options(capsys, name):
         ("lm", ["a", "--out", "new/"], "--out: new/ is a folder; give the name of a file to write"),
         ("train", ["--data", ""], "--data: the path is empty; give one"),
         ("train", ["--out", ""], "--out: the path is empty; give one"),
+        ("transcribe", ["a.wav", "--out", ""], "--out: the path is empty; give one"),
+        ("train", ["--out", "new/a.pt"], "--out: new/a.pt has the suffix of a file; give a folder, or add a slash: "
+         "new/a.pt/"),
+        ("demo", ["--out", "a.HTML"], "--out: a.HTML has the suffix of a file; give a folder, or add a slash: a.HTML/"),
+        ("data.spoken", ["--out", "a.zip"], "--out: a.zip has the suffix of a file; give a folder, or add a slash: "
+         "a.zip/"),
         ("tune", ["--length-reward", "x"], "--length-reward must be a number; got 'x'"),
         ("tune", ["--length_reward", "1"], "there is no option --length_reward; the nearest is --length-reward"),
         ("lm", ["a.txt", "--out", "x", "--ordr", "3"], "there is no option --ordr; the nearest is --order"),
@@ -229,6 +235,13 @@ def test_options_cannot_be_abbreviated(capsys):
     assert config.decoding.beam == 3
     message = error_of(capsys, parse_settings, parser, ["--deco", "3"], lambda options: Config())
     assert message == "there is no option --deco; the nearest is --decode"
+
+
+def test_a_folder_may_have_the_suffix_of_a_file_with_a_slash_or_if_it_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old.zip").mkdir()
+    for word in ("new.zip/", "old.zip", "runs/v1.2", "run.new", "."):
+        assert options.as_folder(word) == Path(word)
 
 
 def test_paths_may_begin_with_the_home_folder(monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -556,6 +557,62 @@ def test_each_format_goes_to_stdout_or_to_files_of_its_name(workspace, calls, tm
     assert capsys.readouterr().out == f"nothing to do: every transcript exists in {shown[:-1]}\n"
     ask(workspace, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "silent.wav"])
     assert calls[-1]["paths"] == ["silent.wav"]
+
+
+@pytest.fixture
+def single(workspace):
+    """Make a folder with one recording."""
+    (workspace / "single").mkdir(exist_ok=True)
+    (workspace / "single" / "short.wav").write_bytes((workspace / "short.wav").read_bytes())
+
+
+def test_out_is_a_file_for_one_recording_if_it_has_the_suffix_of_a_format(workspace, calls, tmp_path):
+    ask(workspace, "--out", str(tmp_path / "new" / "talk.SRT"))
+    assert (tmp_path / "new" / "talk.SRT").read_text().startswith("1\n00:00:00,100 -->")
+    refused = "^--out \\S+talk.vtt is one file, but there are 2 recordings; give a folder$"
+    with pytest.raises(InputError, match=refused):
+        ask(workspace, "--out", str(tmp_path / "talk.vtt"), files=["short.wav", "long.wav"])
+    with pytest.raises(InputError, match="^--format json writes .json files; got --out \\S+talk.vtt$"):
+        ask(workspace, "--out", str(tmp_path / "talk.vtt"), "--format", "json")
+    assert len(calls) == 1 and [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("talk.docx", ["short.wav"]),
+        ("talk.docx", ["short.wav", "long.wav"]),
+        ("talk.MP3", ["short.wav", "long.wav"]),
+        ("talk.srtt", ["short.wav"]),
+        ("talk.html", ["single"]),
+    ],
+)
+@pytest.mark.parametrize("form", [[], ["--format", "srt"]])
+def test_out_with_another_suffix_names_those_of_the_formats(workspace, single, calls, tmp_path, name, files, form):
+    expected = (
+        f"--out {tmp_path}/{name}: the name of a transcript must end in .txt, .json, .srt, .vtt, .tsv, .ctm or "
+        f".TextGrid; for a folder of this name, add a slash: {tmp_path}/{name}/"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        ask(workspace, "--out", str(tmp_path / name), *form, files=files)
+    assert not calls and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "files"),
+    [
+        ("talk.docx/", ["short.wav"]),
+        ("talk.srt/", ["short.wav"]),
+        ("old.srt", ["short.wav"]),
+        ("v1.2", ["short.wav"]),
+        ("texts.en", ["short.wav", "long.wav"]),
+        ("texts.en", ["single"]),  # the next recording in that folder must not change what the name means
+    ],
+)
+def test_out_is_a_folder_by_a_slash_or_if_it_exists_or_lacks_a_suffix(workspace, single, calls, tmp_path, word, files):
+    (tmp_path / "old.srt").mkdir()
+    ask(workspace, "--out", f"{tmp_path}/{word}", files=files)
+    assert (tmp_path / word / "short.txt").read_text() == "HELLO\n"
 
 
 @pytest.mark.parametrize(("option", "formats"), [

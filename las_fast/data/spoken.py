@@ -35,7 +35,7 @@ from las_fast.data.espeak import ACCENTS, Synthesiser, load_espeak
 from las_fast.data.features import compute_features
 from las_fast.data.sentences import random_sentence
 from las_fast.errors import InputError
-from las_fast.options import Parser
+from las_fast.options import Parser, as_folder
 from las_fast.progress import Progress
 from las_fast.system import cores
 
@@ -368,7 +368,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     parser = Parser(prog="python -m las_fast.data.spoken", description="Generate a speech corpus with eSpeak NG.")
-    parser.add_argument("--out", required=True, help="folder for the corpus")
+    parser.add_argument("--out", required=True, type=as_folder, help="folder for the corpus")
     add_sizes(parser)
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
     options = parser.parse_args(argv)
