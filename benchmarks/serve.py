@@ -82,7 +82,7 @@ class Service:
 def started(checkpoint: str, *options: str) -> Iterator[Service]:
     """Run `las-fast serve` on a free port."""
     with tempfile.TemporaryDirectory() as folder:
-        argv = [sys.executable, "-m", "las_fast", "serve", "--port", "0", "--checkpoint", checkpoint]
+        argv = [sys.executable, "-m", "las_fast", "serve", "--port", "0", "--quiet", "--checkpoint", checkpoint]
         argv += ["--max-megabytes", str(MAX_MEGABYTES), *options]
         environment = {**os.environ, "TMPDIR": folder}
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ipaddress
+import logging
 import math
 import os
 import signal
@@ -54,6 +55,7 @@ def parser() -> Parser:
         help="how speech and pauses are found; silero needs silero-vad and onnxruntime (default: energy)")  # fmt: skip
     add("--language", default="english", help="language that verbose_json reports (default: english)")
     add("--device", default="auto", help="cpu, cuda or cuda:1 (default: cuda if available)")
+    add("--quiet", action="store_true", help="do not log a line per request to standard error")
     return parser
 
 
@@ -90,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             min_speech_score=options.min_speech_score,
             vad=options.vad,
         )
+        start_log(quiet=options.quiet)
         serve(Service(model, name, batcher, limits, options.language), listener)
 
 
@@ -131,6 +134,12 @@ def open_model(options: argparse.Namespace) -> tuple[Recogniser, str]:
     path = loaded.path.absolute()  # a relative path may lack the folder that names the model
     name = path.parent.name if path.name in (AVERAGED, BEST) else path.stem
     return Recogniser(loaded, device, lm_option="--lm "), name
+
+
+def start_log(*, quiet: bool) -> None:
+    """Log to standard error: failures of the service and, unless `quiet`, a line per request."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S%z")
+    logging.getLogger("las_fast.serve").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def serve(service: Service, listener: socket.socket) -> None:

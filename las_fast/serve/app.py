@@ -32,7 +32,7 @@ from las_fast.serve.attention import attention_of, encode_text
 from las_fast.serve.batcher import Batcher, Event, Job, Upload
 from las_fast.serve.errors import INTERNAL, ApiError, http_error, recording_error
 from las_fast.serve.limits import Limits
-from las_fast.serve.metrics import ABORTED, CountRequests, Metrics
+from las_fast.serve.metrics import ABORTED, AUDIO_SECONDS, Metrics, ObserveRequests
 from las_fast.serve.uploads import Form, drain, is_received, receive_form, until_disconnected
 
 PAGE = Path(__file__).parent / "page"
@@ -85,14 +85,14 @@ class Service:
             *(Route(path, partial(_page, name)) for path, name in PAGE_FILES.items()),
         ]
         known = {route.path for route in routes}
-        count = Middleware(CountRequests, metrics=self.metrics, path_of=lambda path: path if path in known else "other")
+        observe = Middleware(ObserveRequests, metrics=self.metrics, path_of=partial(_label, known))
         handlers: dict[Any, Callable[..., Any]] = {
             ApiError: self._refuse,
             HTTPException: self._refuse_http,
             ClientDisconnect: _gone,
             Exception: _fail,
         }
-        return Starlette(routes=routes, middleware=[count], exception_handlers=handlers, lifespan=self._lifespan)
+        return Starlette(routes=routes, middleware=[observe], exception_handlers=handlers, lifespan=self._lifespan)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -107,15 +107,15 @@ class Service:
             form, deadline = await self._receive(request, stack)
             fields = openai.parse_request(form, self.name, self.language)
             if fields.stream:
-                return self._stream(form, deadline, _openai_events, "text/event-stream", stack.pop_all())
-            transcript = await _unless_gone(request, self._whole(form, deadline))
+                return self._stream(request, form, deadline, _openai_events, "text/event-stream", stack.pop_all())
+            transcript = await _unless_gone(request, self._whole(request, form, deadline))
             return openai.respond(transcript, fields, self.model.loaded.vocabulary)
 
     async def transcribe(self, request: Request) -> Response:
         """Answer the page with JSON lines: one per segment as soon as it is decoded, and one at the end."""
         async with contextlib.AsyncExitStack() as stack:
             form, deadline = await self._receive(request, stack)
-            return self._stream(form, deadline, _json_lines, NDJSON, stack.pop_all())
+            return self._stream(request, form, deadline, _json_lines, NDJSON, stack.pop_all())
 
     async def attention(self, request: Request) -> Response:
         """Answer the page with the attention while the model spells the field `text` for the speech in `file`."""
@@ -189,7 +189,9 @@ class Service:
             self.in_progress -= 1
             self.metrics.in_progress.set(self.in_progress)
 
-    async def _events(self, form: Form, deadline: float) -> AsyncGenerator[Segment | Transcript, None]:
+    async def _events(
+        self, request: Request, form: Form, deadline: float
+    ) -> AsyncGenerator[Segment | Transcript, None]:
         """Yield each segment of a recording as soon as it is decoded, then the transcript; raise ApiError."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -205,23 +207,26 @@ class Service:
                 event = await _in_time(events.get(), deadline)
                 if isinstance(event, Exception):
                     raise event
-                yield event
                 if isinstance(event, Transcript):
+                    request.scope[AUDIO_SECONDS] = event.duration
+                    yield event
                     return
+                yield event
         except Exception as error:
             raise _reported(error) from None
         finally:
             job.cancel()
 
-    async def _whole(self, form: Form, deadline: float) -> Transcript:
+    async def _whole(self, request: Request, form: Form, deadline: float) -> Transcript:
         """Return the transcript of a recording; raise ApiError."""
-        async for event in self._events(form, deadline):
+        async for event in self._events(request, form, deadline):
             if isinstance(event, Transcript):
                 return event
         raise INTERNAL
 
     def _stream(
         self,
+        request: Request,
         form: Form,
         deadline: float,
         lines: Callable[[AsyncIterator[Segment | Transcript]], AsyncIterator[str]],
@@ -231,7 +236,7 @@ class Service:
         """Respond with lines(events of the recording) as they come; close the stack at the end."""
 
         async def body() -> AsyncGenerator[str, None]:
-            async with stack, contextlib.aclosing(self._events(form, deadline)) as events:
+            async with stack, contextlib.aclosing(self._events(request, form, deadline)) as events:
                 async for line in lines(events):
                     yield line
 
@@ -263,6 +268,13 @@ class _Stream(StreamingResponse):
         finally:
             await self.lines.aclose()
             await self.on_end()
+
+
+def _label(known: set[str], path: str) -> str:
+    """Return the label of a path in metrics and log: the address that it has in `known`, or "other"."""
+    if path.startswith("/v1/models/"):
+        return "/v1/models/NAME"
+    return path if path in known else "other"
 
 
 async def _openai_events(events: AsyncIterator[Segment | Transcript]) -> AsyncIterator[str]:

@@ -1,7 +1,11 @@
-"""Metrics of the service for Prometheus: requests by path and status, their durations, and the batcher's totals."""
+"""Metrics of the service for Prometheus, and its log.
+
+The metrics are requests by path and status, their durations, and the batcher's totals. The log has a line per request.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +19,9 @@ from las_fast.serve.batcher import Batcher
 
 BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)  # seconds at the upper ends of the histogram's buckets
 ABORTED = 499  # status that counts requests whose client has disconnected, as in nginx
+AUDIO_SECONDS = "las_fast.audio_seconds"  # key of a request's scope: duration of the recording that was transcribed
+
+log = logging.getLogger("las_fast.serve")
 
 
 class Metrics:
@@ -51,11 +58,12 @@ class _BatcherCollector(Collector):
             yield CounterMetricFamily(f"las_fast_{name}", text, value=value)
 
 
-class CountRequests:
-    """ASGI middleware that counts the requests and measures their durations.
+class ObserveRequests:
+    """ASGI middleware that counts the requests, measures their durations and logs them.
 
     Args:
-        path_of: maps the path of a request to its label; unknown paths should share one, or each would get a metric.
+        path_of: maps the path of a request to its label in metrics and log. Unknown paths should share one: each label
+                 has a metric of its own, and a path may hold the name of a client's file.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, path_of: Callable[[str], str]):
@@ -65,7 +73,7 @@ class CountRequests:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, is_complete = time.monotonic(), ABORTED, False
+        began, status, is_complete = time.monotonic(), 0, False
 
         async def watch(message: Message) -> None:
             nonlocal status, is_complete
@@ -76,7 +84,16 @@ class CountRequests:
 
         try:
             await self.app(scope, receive, watch)
+        except Exception:
+            if not status:  # Starlette will answer 500, outside of this middleware
+                status, is_complete = 500, True
+            raise
         finally:
-            path = self.path_of(scope["path"])
-            self.metrics.requests.labels(path, str(status if is_complete else ABORTED)).inc()
-            self.metrics.seconds.labels(path).observe(time.monotonic() - began)
+            self._observe(scope, status if is_complete else ABORTED, time.monotonic() - began)
+
+    def _observe(self, scope: Scope, status: int, seconds: float) -> None:
+        path = self.path_of(scope["path"])
+        self.metrics.requests.labels(path, str(status)).inc()
+        self.metrics.seconds.labels(path).observe(seconds)
+        audio = f", {scope[AUDIO_SECONDS]:.1f} s of audio" if AUDIO_SECONDS in scope else ""
+        log.info("%s %s %d%s in %.2f s", scope["method"], path, status, audio, seconds)

@@ -376,6 +376,55 @@ def test_the_durations_of_requests_are_counted_up_to_each_limit(service):
     assert limits == ["0.05", "0.1", "0.2", "0.5", "1.0", "2.0", "5.0", "10.0", "30.0", "60.0", "300.0", "+Inf"]
 
 
+def logged(caplog):
+    """The requests in the log, without the seconds that they took."""
+    lines = [record.getMessage() for record in caplog.records if record.name == "las_fast.serve"]
+    assert all(re.search(r" in \d+\.\d\d s$", line) for line in lines)
+    return [line.rpartition(" in ")[0] for line in lines]
+
+
+def test_a_request_is_a_line_of_the_log_without_texts_or_names(service, wav, model, caplog):
+    file, text = wav(), model.transcribe(io.BytesIO(wav())).text
+    lines = []
+    requests = [
+        (lambda: service.post(file=file), "POST /v1/audio/transcriptions 200, 0.6 s of audio"),
+        (lambda: service.post(file=file, stream="true"), "POST /v1/audio/transcriptions 200, 0.6 s of audio"),
+        (lambda: service.post("/transcribe", file=file), "POST /transcribe 200, 0.6 s of audio"),
+        (lambda: service.post(file=b"secret"), "POST /v1/audio/transcriptions 400"),
+        (lambda: service.post("/attention", file=file, text="A SECRET"), "POST /attention 200"),
+        (lambda: service.client.get("/health?of=secret"), "GET /health 200"),
+        (lambda: service.client.get("/v1/models/secret"), "GET /v1/models/NAME 404"),
+        (lambda: service.client.put("/secret.wav", content=file), "PUT other 404"),
+    ]
+    with caplog.at_level("INFO", logger="las_fast.serve"):
+        for request, line in requests:
+            caplog.clear()
+            request()
+            wait_until(lambda line=line: line in logged(caplog))  # a client may have its answer before
+            lines += logged(caplog)
+    assert not re.search(rf"secret|talk|{re.escape(text)}", "\n".join(lines), re.IGNORECASE) and len(text) > 3
+
+
+def test_a_client_that_disconnects_is_logged_with_status_499(small, wav, caplog):
+    with caplog.at_level("INFO", logger="las_fast.serve"), small.blocked():
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{small.url}/v1/audio/transcriptions", files={"file": wav()}, timeout=0.2)
+        wait_until(lambda: "POST /v1/audio/transcriptions 499" in logged(caplog))
+
+
+def test_a_bug_outside_of_the_model_is_counted_and_logged_with_status_500(service, monkeypatch, caplog):
+    def count():
+        found = re.search(r'requests_total{path="/health",status="500"} (.*)', service.client.get("/metrics").text)
+        return float(found[1]) if found else 0.0
+
+    before = count()
+    with monkeypatch.context() as patch, caplog.at_level("INFO", logger="las_fast.serve"):
+        patch.setattr(app, "has_pyav", raising(KeyError("the bug")))
+        response = httpx.get(f"{service.url}/health")  # uvicorn closes the connection afterwards
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    assert count() == before + 1 and "GET /health 500" in logged(caplog)
+
+
 def test_the_attention_of_a_segment_is_a_matrix_of_bytes(service, wav):
     row = service.post("/attention", file=wav(), text="A B").json()
     assert row["text"] == "A B" and row["frame_seconds"] == pytest.approx(0.02)

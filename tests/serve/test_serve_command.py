@@ -90,10 +90,10 @@ def test_a_model_in_a_run_folder_has_the_name_of_the_folder(tmp_path, monkeypatc
 
 
 @contextlib.contextmanager
-def started(tmp_path):
+def started(tmp_path, *options):
     """Run the command with an untrained model; yield the process and its address."""
     checkpoint = make_checkpoint(tmp_path, 20, mel_bins=23)
-    argv = ["serve", "--port", "0", "--checkpoint", str(checkpoint), "--device", "cpu"]
+    argv = ["serve", "--port", "0", "--checkpoint", str(checkpoint), "--device", "cpu", *options]
     command = [sys.executable, "-m", "las_fast", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) as process:
@@ -121,11 +121,16 @@ def test_sigterm_finishes_the_running_request_then_exits_with_0(tmp_path, wav):
         process.send_signal(signal.SIGTERM)
         request.join()
         assert answers[0].status_code == 200 and answers[0].json()["text"]
-        assert process.communicate(timeout=20) == ("stopped\n", "") and process.returncode == 0
+        out, err = process.communicate(timeout=20)
+        assert out == "stopped\n" and process.returncode == 0
+        time_, lines = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4}", err.splitlines()
+        assert all(re.fullmatch(rf"{time_} GET /health 200 in \d+\.\d\d s", line) for line in lines[:-1])
+        last = rf"{time_} POST /v1/audio/transcriptions 200, 60\.0 s of audio in \d+\.\d\d s"
+        assert len(lines) > 1 and re.fullmatch(last, lines[-1])
 
 
 def test_a_second_signal_stops_at_once_without_a_traceback(tmp_path):
-    with started(tmp_path) as (process, url):
+    with started(tmp_path, "--quiet") as (process, url):  # which leaves standard error to errors
         with stalled_upload(httpx.URL(url).port):
             wait_for_a_request(url)
             process.send_signal(signal.SIGHUP)
