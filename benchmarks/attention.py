@@ -71,7 +71,7 @@ def spell_panel(checkpoint: str, like: Panel, data: str) -> Panel:
     item = read_utterance(corpus, find_utterance(corpus, like.id, None), config.features)
     if item.frames is None:
         raise InputError(item.problem)
-    _, weights = attend(model, torch.from_numpy(item.frames), text=like.text, beam=None)
+    _, weights = attend(model, torch.from_numpy(item.frames), text=like.text)
     return Panel(checkpoint, like.id, like.text, weights, frame_seconds(config))
 
 

@@ -16,12 +16,12 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from las_fast.cli import run
 from las_fast.errors import InputError, show
 from las_fast.files import prepare_output_file, write_atomically
-from las_fast.options import Parser, as_file, as_path, as_recording
+from las_fast.options import Parser, add_beam_options, as_file, as_path, as_recording, check_beam_options
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     import numpy as np
@@ -70,7 +70,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--text", help="text whose attention to draw, in any case (default: the text that the model recognises)"
     )
-    parser.add_argument("--beam", type=int, help="beam width; 1 is greedy (default: the checkpoint's)")
+    add_beam_options(parser)
     parser.add_argument(
         "--out",
         type=as_file,
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     check_span(options.start, options.end)
     check_source(options)
+    check_beam_options(options)
     name = options.file.name if options.file else options.utterance
     out = options.out or Path(f"{options.file.stem if options.file else Path(name).name}.attention.png")
     inputs = (options.file, options.checkpoint)
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
     model = load(options.checkpoint or released_model(), device=options.device)
     if options.file:
-        picture = make_picture(model, options.file, options.start, options.end, text=options.text, beam=options.beam)
+        picture = make_picture(model, options.file, options.start, options.end, **spelling(options))
     else:
         picture = picture_of_utterance(model, options)
     title = f"{name}, {'given text' if options.text is not None else 'recognised text'}"
@@ -113,6 +114,11 @@ def main(argv: list[str] | None = None) -> None:
     write_atomically(out, draw)
     print(picture.text)
     print(f"written     {out}")
+
+
+def spelling(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `attend` that choose the text."""
+    return {"text": options.text, "beam": options.beam, "beam_threshold": options.beam_threshold}
 
 
 def check_source(options: argparse.Namespace) -> None:
@@ -148,7 +154,14 @@ def is_png(path: Path) -> bool:
 
 
 def make_picture(
-    model: Recogniser, path: Path, start: float, end: float | None, *, text: str | None = None, beam: int | None = None
+    model: Recogniser,
+    path: Path,
+    start: float,
+    end: float | None,
+    *,
+    text: str | None = None,
+    beam: int | None = None,
+    beam_threshold: float | None = None,
 ) -> Picture:
     """Compute the contents of a picture of a part of a recording.
 
@@ -156,11 +169,11 @@ def make_picture(
         start: of the part, in seconds.
         end:   of the part, in seconds; None for the end of the recording.
         text:  text for teacher forcing; None for the best hypothesis.
-        beam:  beam width of the search for the best hypothesis; by default that of the checkpoint's settings.
+        beam, beam_threshold: of the search for the best hypothesis, as in Recogniser.transcribe.
 
     Raises:
         InputError: the recording cannot be read or is too long, the text has characters that the model lacks, or the
-            beam is out of range.
+            beam or its threshold is out of range.
     """
     import numpy as np
 
@@ -174,7 +187,7 @@ def make_picture(
     check_length(path, len(samples) / config.sample_rate, start)
     ((features, spans),) = speech_features([samples], config)
     (spectrogram,) = compute_features([samples], logmel_config(config))
-    tokens, weights = attend(model, features, text=text, beam=beam)
+    tokens, weights = attend(model, features, text=text, beam=beam, beam_threshold=beam_threshold)
     columns = np.concatenate([np.arange(first, last) for first, last in spans])  # frames that were not trimmed
     drawn = per_column(model, weights, columns, len(spectrogram))
     shift = float(seconds_of(1, config))
@@ -202,7 +215,7 @@ def picture_of_utterance(model: Recogniser, options: argparse.Namespace) -> Pict
     if end is not None and start >= end:
         seconds = end - utterance.start
         raise InputError(f"--start {options.start:g} is not before the end of {show(utterance.id)}, {seconds:.1f} s")
-    return make_picture(model, utterance.path, start, end, text=options.text, beam=options.beam)
+    return make_picture(model, utterance.path, start, end, **spelling(options))
 
 
 def find_utterance(corpus: Corpus, name: str, split: str | None) -> Utterance:
@@ -243,7 +256,7 @@ def picture_of_features(
         end = f"the end of {show(utterance.id)}, {item.seconds:.1f} s"
         raise InputError(f"--start {options.start:g} is not before {end}")
     check_length(utterance.id, len(frames) * shift, options.start)
-    tokens, weights = attend(model, frames, text=options.text, beam=options.beam)
+    tokens, weights = attend(model, frames, **spelling(options))
     drawn = per_column(model, weights, np.arange(len(frames)), len(frames))
     shown = normalise(frames, config, model.loaded.statistics).numpy()
     return Picture(model.loaded.vocabulary.decode(tokens), drawn, shown, shift, first * shift, None)
@@ -270,13 +283,20 @@ def per_column(model: Recogniser, weights: np.ndarray, columns: np.ndarray, coun
     return drawn
 
 
-def attend(model: Recogniser, features: Tensor, *, text: str | None, beam: int | None) -> tuple[list[int], np.ndarray]:
+def attend(
+    model: Recogniser,
+    features: Tensor,
+    *,
+    text: str | None,
+    beam: int | None = None,
+    beam_threshold: float | None = None,
+) -> tuple[list[int], np.ndarray]:
     """Return the tokens of the text, and their attention weights with teacher forcing.
 
     Args:
         features: (N, F) feature frames before normalisation and deltas.
         text:     None for the best hypothesis of a search.
-        beam:     of the search; None for that of the checkpoint's settings.
+        beam, beam_threshold: of the search; None for those of the checkpoint's settings.
 
     Returns:
         tokens:  of the text, without <eos>.
@@ -293,7 +313,7 @@ def attend(model: Recogniser, features: Tensor, *, text: str | None, beam: int |
     inputs = add_deltas(normalise(features, config, loaded.statistics), config.deltas)
     if text is None:
         data = Utterances([inputs], ["the utterance"], [seconds_of(len(inputs), config)])
-        decoder = model.decoder(model.settings(beam=beam))
+        decoder = model.decoder(model.settings(beam=beam, beam_threshold=beam_threshold))
         tokens = list(model.decode_dataset(data, decoder, progress=False)[0][0].text_tokens)
     else:
         tokens = encode(text, loaded.vocabulary)

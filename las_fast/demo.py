@@ -27,7 +27,7 @@ from las_fast.cli import run
 from las_fast.config import Config, check, load_config
 from las_fast.data import spoken
 from las_fast.errors import InputError
-from las_fast.options import Parser, as_folder, check_names, field_names, override
+from las_fast.options import Parser, add_beam_options, as_folder, check_beam_options, check_names, field_names, override
 from las_fast.tree import to_tree
 
 PRESET = "tiny"
@@ -46,11 +46,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--out", type=as_folder, default=Path("runs/demo"), help="folder for all results (default runs/demo)"
     )
     spoken.add_sizes(parser)
-    parser.add_argument("--beam", type=int, default=8, help="hypotheses kept in decoding (default 8)")
+    add_beam_options(parser, beam=8)
     parser.add_argument("--fresh", action="store_true", help="make everything again, even if it exists")
     parser.fields = tuple(field_names(to_tree(Config())))
     options, rest = parser.parse_known_args(argv)
     check_names(parser, rest)
+    check_beam_options(options)
     config = override(parser, load_config(PRESET), rest)  # reports wrong settings before a corpus is synthesised
     check(replace(config, decoding=replace(config.decoding, beam=options.beam)))
     return options, rest
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     with stage(2, f"training, preset {PRESET}"):
         train(out, archive, sizes, rest, fresh=options.fresh)
     with stage(3, f"decoding test-clean, beam {options.beam}"):
-        printed = decode(out, archive, options.beam)
+        printed = decode(out, archive, options.beam, options.beam_threshold)
     with stage(4, "scoring and reporting"):
         result, rows = summarise(out, printed)
     show(out, result, rows)
@@ -121,14 +122,18 @@ def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool
     write_json(stamp_file, {"settings": settings, "complete": True})
 
 
-def decode(out: Path, archive: Path, beam: int) -> dict:
-    """Decode the test split into out/submission.csv; return the JSON that las_fast.decode prints last."""
+def decode(out: Path, archive: Path, beam: int, beam_threshold: float | None = None) -> dict:
+    """Decode the test split into out/submission.csv; return the JSON that las_fast.decode prints last.
+
+    beam_threshold: that of the trained model if None.
+    """
     from las_fast import decode as decoding
 
+    threshold = [] if beam_threshold is None else ["--beam-threshold", str(beam_threshold)]
     tee = Tee(sys.stdout)
     with contextlib.redirect_stdout(tee):
         decoding.main(["--checkpoint", str(out / "run"), "--data", str(archive), "--split", "test-clean",
-                       "--out", str(out / "submission.csv"), "--beam", str(beam)])  # fmt: skip
+                       "--out", str(out / "submission.csv"), "--beam", str(beam), *threshold])  # fmt: skip
     return json.loads(tee.getvalue().strip().rpartition("\n")[2])
 
 

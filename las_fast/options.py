@@ -289,9 +289,10 @@ def _value(kind: Any, word: str, option: str) -> Any:
     return value
 
 
-def add_beam_options(parser: argparse.ArgumentParser) -> None:
-    """Add --beam and --beam-threshold, by default None."""
-    parser.add_argument("--beam", type=int, help="beam width; 1 is greedy (default: the checkpoint's)")
+def add_beam_options(parser: argparse.ArgumentParser, *, beam: int | None = None) -> None:
+    """Add --beam, with the default `beam`, and --beam-threshold, by default None."""
+    default = "the checkpoint's" if beam is None else beam
+    parser.add_argument("--beam", type=int, default=beam, help=f"beam width; 1 is greedy (default: {default})")
     parser.add_argument(
         "--beam-threshold",
         type=float,

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from tiny_checkpoints import make_checkpoint
 from tiny_corpora import make_archive, make_speech
 
-from las_fast import attention, load, transcribe
+from las_fast import Recogniser, attention, load, transcribe
 from las_fast.config import FeatureConfig
 from las_fast.data.features import compute_features
 from las_fast.data.layouts import open_corpus
@@ -139,7 +139,8 @@ def test_words_stand_where_the_model_attends_to_them():
         (["--start", "2", "--end", "2"], "--end must be later than --start 2; got 2"),
         (["--end", "40"], "a picture shows at most 30 s; --start 0 --end 40 are 40 s"),
         (["--out", "x.html"], "the output is a picture; give a name that ends in .png"),
-        (["--beam", "0"], "decoding.beam must be at least 1; got 0"),
+        (["--beam", "0"], "--beam must be from 1 to 1000; got 0"),
+        (["--beam-threshold", "inf"], "--beam-threshold must be a finite number of at least 0; got inf"),
         (["--text", "A1"], "--text has characters that the model does not know: '1'"),
     ],
 )
@@ -191,7 +192,7 @@ def test_an_utterance_of_an_archive_is_drawn_with_its_normalised_features(
     assert (tmp_path / f"{found.id}.attention.png").read_bytes().startswith(b"\x89PNG")
     frames = torch.from_numpy(np.load(found.path))
     model = load(archive[1], device="cpu")
-    tokens, weights = attention.attend(model, frames, text="A B", beam=None)
+    tokens, weights = attention.attend(model, frames, text="A B")
     assert model.loaded.vocabulary.decode(tokens) == "A B"
     expected = np.repeat(weights, model.loaded.model.time_reduction, axis=1)[:, : len(frames)]
     ((options),) = drawn
@@ -199,6 +200,19 @@ def test_an_utterance_of_an_archive_is_drawn_with_its_normalised_features(
     assert np.allclose(options["weights"][:, :count], expected) and options["weights"].shape == (4, len(frames))
     assert np.allclose(options["spectrogram"].mean(0), 0, atol=1e-5) and options["spectrogram"].shape == frames.shape
     assert options["sample_rate"] is None and options["frame_seconds"] == 0.01 and options["start"] == 0
+
+
+def test_the_beam_and_its_threshold_reach_the_search_of_both_kinds_of_pictures(
+    workspace, archive, drawn, tmp_path, monkeypatch
+):
+    used = []
+    real = Recogniser.decoder
+    monkeypatch.setattr(Recogniser, "decoder", lambda model, config: used.append(config) or real(model, config))
+    monkeypatch.chdir(tmp_path)
+    draw(workspace, "--beam", "2", "--beam-threshold", "0.5")
+    found = open_corpus(archive[0]).utterances("dev-clean")[1]
+    draw_utterance(archive, "--utterance", found.id, "--beam", "3", "--beam-threshold", "0")
+    assert [(config.beam, config.beam_threshold) for config in used] == [(2, 0.5), (3, 0.0)]
 
 
 def test_a_part_of_an_archives_utterance_is_cut_by_its_frames(archive, drawn, tmp_path):

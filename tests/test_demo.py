@@ -98,6 +98,16 @@ def test_one_command_makes_corpus_submission_result_and_report(stages, capsys):
     assert [h[:10] for h in headings if "took" in h] == [f"[{n}/4] took" for n in (1, 2, 3, 4)]
 
 
+def test_the_decoder_gets_the_beam_and_its_threshold(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(decode, "main", lambda argv: calls.append(argv) or print('{"cer": 1.0}'))
+    assert demo.decode(tmp_path, tmp_path / "data", 3) == {"cer": 1.0}
+    assert calls[0][-2:] == ["--beam", "3"] and "--beam-threshold" not in calls[0]
+    options, _ = demo.parse(["--beam-threshold", "0"])
+    demo.decode(tmp_path, tmp_path / "data", options.beam, options.beam_threshold)
+    assert calls[1][-4:] == ["--beam", "8", "--beam-threshold", "0.0"]
+
+
 def test_a_second_run_keeps_corpus_and_training(stages, capsys):
     run_demo(stages)
     made = (stages.out / "data" / "corpus.json").stat().st_mtime_ns
@@ -203,6 +213,9 @@ def test_options_have_their_defaults(capsys):
     assert (options.out, options.beam, options.fresh, rest) == (Path("runs/demo"), 8, False, ["--training.epochs", "3"])
     options, _ = demo.parse(["--beam", "3", "--fresh", "--train", "7", "--seed", "2"])
     assert (options.beam, options.fresh, options.train, options.seed) == (3, True, 7, 2)
+    with pytest.raises(SystemExit):
+        demo.parse(["--help"])
+    assert "beam width; 1 is greedy (default: 8)" in " ".join(capsys.readouterr().out.split())
     for argv in (["--fres"], ["--training.epochs", "x"], ["--beam", "x"]):
         with pytest.raises(SystemExit):
             demo.parse(argv)
@@ -226,7 +239,7 @@ def test_the_stages_run_in_order_with_their_inputs(tmp_path, monkeypatch, capsys
         assert out.is_dir() and calls == [
             ("make_corpus", out / "data", sizes, {"fresh": fresh}),
             ("train", out, "archive", sizes, ["--training.epochs", "5"], {"fresh": fresh}),
-            ("decode", out, "archive", 3, {}),
+            ("decode", out, "archive", 3, None, {}),
             ("summarise", out, "printed", {}),
             ("show", out, "result", "rows", {}),
         ]

@@ -125,8 +125,10 @@ def test_the_demo_refuses_wrong_settings_before_it_starts(tmp_path):
 
     with pytest.raises(InputError, match=r"training.epochs must be at least 1; got 0"):
         demo.main(["--out", str(tmp_path / "d"), "--training.epochs", "0"])
-    with pytest.raises(InputError, match=r"decoding.beam must be at most 1000; got 100000"):
+    with pytest.raises(InputError, match=r"^--beam must be from 1 to 1000; got 100000$"):
         demo.main(["--out", str(tmp_path / "d"), "--beam", "100000"])
+    with pytest.raises(InputError, match=r"^--beam-threshold must be a finite number of at least 0; got -1$"):
+        demo.main(["--out", str(tmp_path / "d"), "--beam-threshold", "-1"])
     assert not (tmp_path / "d").exists()
 
 
