@@ -108,7 +108,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """SpecAugment (Park et al. 2019), speed changes, joins, silence, rooms and noise, in training only.
+    """SpecAugment (Park et al. 2019), speed and frequency changes, joins, silence, rooms and noise, in training only.
 
     silence, room, noise, babble and band_limit need log-mel features computed from recordings.
     """
@@ -123,6 +123,8 @@ class AugmentConfig:
     frequency_share: float = number(0.5, at_most=1)  # largest share of the bins under all frequency masks
     # largest relative change of speed, drawn per utterance: 0.1 gives 0.9 to 1.1 times the speed
     speed: float = number(0.0, below=1)
+    # largest relative change of frequencies, as of another speaker's, drawn per utterance: 0.1 gives 0.9 to 1.1 times
+    warp: float = number(0.0, at_most=0.5)
     # share of batches whose utterances are joined in pairs: new texts, twice as long
     join: float = number(0.0, at_most=1)
     silence: float = number(0.0, at_most=1)  # share of utterances with up to a second of silence added at each end

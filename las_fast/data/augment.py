@@ -1,6 +1,7 @@
 """SpecAugment (Park et al. 2019), speed changes and joins, on normalised features. Masks never cover all features.
 
-Rooms, noise and silence, which change the frames before normalisation, are in las_fast.data.degrade.
+What changes the frames before normalisation is in las_fast.data.degrade (rooms, noise and silence) and
+las_fast.data.warp (the frequency axis).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from las_fast.config import AugmentConfig
 
-STREAMS = ("speed", "classes", "order", "masks", "joins", "silence", "degrade")
+STREAMS = ("speed", "classes", "order", "masks", "joins", "silence", "degrade", "warp")
 MOST_SILENCE = 100  # feature frames added before an utterance, and after it
 
 

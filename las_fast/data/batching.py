@@ -26,6 +26,7 @@ from las_fast.data.augment import (
 )
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.degrade import Degrade, degrades
+from las_fast.data.warp import warp_frequencies
 from las_fast.data.features import seconds_of
 from las_fast.data.loader import Loader
 from las_fast.errors import InputError
@@ -348,12 +349,20 @@ class _Batches:
         generator = random_stream("masks", seed=self.seed, epoch=self.epoch, utterance=i)
         factor, blocks = None if self.factors is None else self.factors[i], self.dataset.blocks
         if self.degrade and epoch >= self.augment.config.start_epoch:
-            degraded = self._degraded(self.degrade, i, factor)
+            degraded = self._degraded(self.degrade, i, epoch, factor)
             if degraded is not None:
                 return self.augment.mask(degraded, generator, blocks=blocks)
-        return self.augment(self.dataset[i], epoch, generator, blocks=blocks, factor=factor)
+        return self.augment(self.dataset.prepare(self._raw(i, epoch)), epoch, generator, blocks=blocks, factor=factor)
 
-    def _degraded(self, degrade: Degrade, i: int, factor: float | None) -> torch.Tensor | None:
+    def _raw(self, i: int, epoch: float) -> torch.Tensor:
+        """Return the raw frames (T, F) of utterance i, with a warped frequency axis if that is on."""
+        raw, most = self.dataset.raw(i), self.augment.config.warp
+        if not most or epoch < self.augment.config.start_epoch:
+            return raw
+        generator = random_stream("warp", seed=self.seed, epoch=self.epoch, utterance=i)
+        return warp_frequencies(raw, generator.uniform(1 - most, 1 + most), self.dataset.features)
+
+    def _degraded(self, degrade: Degrade, i: int, epoch: float, factor: float | None) -> torch.Tensor | None:
         """Return the features of utterance i at a speed, with rooms, noise and silence; None if it gets none of them.
 
         The speed is changed first, so that noise keeps its texture, and normalisation comes last, as in decoding.
@@ -362,6 +371,6 @@ class _Batches:
         kinds, silence = degrade.draw(generator), self.silences[i].tolist()
         if not kinds and not any(silence):
             return None
-        raw = self.dataset.raw(i)
+        raw = self._raw(i, epoch)
         raw = raw if factor is None else change_speed(raw, factor)
         return self.dataset.prepare(degrade(raw, kinds, generator, silence=silence))

@@ -99,7 +99,7 @@ def logmel_config(config: FeatureConfig) -> FeatureConfig:
 
 def cepstra(logmel: torch.Tensor, config: FeatureConfig) -> torch.Tensor:
     """Convert log-mel frames (T, bins) to config.kind: unchanged, or MFCC (T, config.size)."""
-    return logmel if config.kind == "logmel" else logmel @ _cepstrum(config.mel_bins, config.size).float()
+    return logmel if config.kind == "logmel" else logmel @ cepstrum_matrix(config.mel_bins, config.size).float()
 
 
 def add_deltas(features: torch.Tensor, order: int) -> torch.Tensor:
@@ -185,7 +185,7 @@ def _tables(config: FeatureConfig):
     taper = torch.zeros(size, dtype=torch.float64)
     taper[:window] = (0.5 - 0.5 * torch.cos(2 * math.pi * n / (window - 1))).pow(0.85)
     bins = config.size if config.kind == "logmel" else config.mel_bins
-    transform = _cepstrum(bins, config.size).float() if config.kind == "mfcc" else None
+    transform = cepstrum_matrix(bins, config.size).float() if config.kind == "mfcc" else None
     spectrum = torch.fft.rfft(taper).to(torch.complex64)
     return taper.float(), spectrum, _mel_filters(bins, size, config.sample_rate).float(), transform
 
@@ -215,7 +215,7 @@ def _mel_filters(count: int, fft_size: int, sample_rate: int) -> torch.Tensor:
     return filters
 
 
-def _cepstrum(bins: int, count: int) -> torch.Tensor:
+def cepstrum_matrix(bins: int, count: int) -> torch.Tensor:
     """Return the orthonormal DCT-II times the lifter 1 + 11 sin(pi k / 22), (bins, count)."""
     k = torch.arange(count, dtype=torch.float64)
     n = torch.arange(bins, dtype=torch.float64)[:, None]
