@@ -151,6 +151,7 @@ TABLE = {
     "augment.frequency_width": (10, 0, 1_000_000_000),
     "augment.frequency_share": (0.5, 0, 1),
     "augment.speed": (0.0, 0, "below 1"),
+    "augment.warp": (0.0, 0, 0.5),
     "augment.join": (0.0, 0, 1),
     "augment.silence": (0.0, 0, 1),
     "augment.room": (0.0, 0, 1),

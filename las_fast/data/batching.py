@@ -26,9 +26,9 @@ from las_fast.data.augment import (
 )
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.degrade import Degrade, degrades
-from las_fast.data.warp import warp_frequencies
 from las_fast.data.features import seconds_of
 from las_fast.data.loader import Loader
+from las_fast.data.warp import warp_frequencies
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
 
@@ -352,12 +352,16 @@ class _Batches:
             degraded = self._degraded(self.degrade, i, epoch, factor)
             if degraded is not None:
                 return self.augment.mask(degraded, generator, blocks=blocks)
-        return self.augment(self.dataset.prepare(self._raw(i, epoch)), epoch, generator, blocks=blocks, factor=factor)
+        features = self.dataset.prepare(self._raw(i, epoch)) if self._warps(epoch) else self.dataset[i]
+        return self.augment(features, epoch, generator, blocks=blocks, factor=factor)
+
+    def _warps(self, epoch: float) -> bool:
+        return self.augment.config.warp > 0 and epoch >= self.augment.config.start_epoch
 
     def _raw(self, i: int, epoch: float) -> torch.Tensor:
         """Return the raw frames (T, F) of utterance i, with a warped frequency axis if that is on."""
         raw, most = self.dataset.raw(i), self.augment.config.warp
-        if not most or epoch < self.augment.config.start_epoch:
+        if not self._warps(epoch):
             return raw
         generator = random_stream("warp", seed=self.seed, epoch=self.epoch, utterance=i)
         return warp_frequencies(raw, generator.uniform(1 - most, 1 + most), self.dataset.features)

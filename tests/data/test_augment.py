@@ -121,7 +121,7 @@ def test_a_speed_drawn_in_advance_is_used_unchanged():
 
 
 def test_no_two_random_streams_share_numbers():
-    uses = ("speed", "classes", "order", "masks", "joins", "silence", "degrade")
+    uses = ("speed", "classes", "order", "masks", "joins", "silence", "degrade", "warp")
     places = [(use, epoch, utterance) for use in uses for epoch in range(5) for utterance in range(5)]
     draws = [random_stream(u, seed=1, epoch=e, utterance=i).integers(1 << 62) for u, e, i in places]
     assert len(set(draws)) == len(places)
