@@ -64,6 +64,8 @@ class FeatureConfig:
     # values per frame, without deltas: mel bins, cepstral coefficients, or the size of the archive's frames
     size: int = number(80, at_least=1, at_most=10_000)
     mel_bins: int = number(80, at_least=1, at_most=10_000)  # mel filters that MFCC are computed from
+    # MFCC k is multiplied by 1 + lifter / 2 * sin(pi * k / lifter); 0: by 1. For an archive, only augment.warp uses it
+    lifter: float = number(22.0, at_most=1000)
     sample_rate: int = number(16000, at_least=1, at_most=768_000)  # Hz; audio at another rate is resampled
     window_ms: float = number(25.0, above=0, at_most=1000)  # length of the analysis window, milliseconds
     shift_ms: float = number(10.0, above=0, at_most=1000)  # time from one frame to the next, milliseconds
@@ -123,7 +125,8 @@ class AugmentConfig:
     frequency_share: float = number(0.5, at_most=1)  # largest share of the bins under all frequency masks
     # largest relative change of speed, drawn per utterance: 0.1 gives 0.9 to 1.1 times the speed
     speed: float = number(0.0, below=1)
-    # largest relative change of frequencies, as of another speaker's, drawn per utterance: 0.1 gives 0.9 to 1.1 times
+    # largest relative change of frequencies, as of another speaker's, drawn per utterance: 0.1 gives 0.9 to 1.1 times.
+    # For an archive, features.kind, mel_bins and lifter must be those of its features
     warp: float = number(0.0, at_most=0.5)
     # share of batches whose utterances are joined in pairs: new texts, twice as long
     join: float = number(0.0, at_most=1)
@@ -374,6 +377,13 @@ def check(config: Config) -> Config:
         (training.guided_frames == 0 or model.ctc_layer >= 0, f"training.guided_frames {NEEDS_CTC_HEAD}"),
         (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
+        (
+            not config.augment.warp
+            or config.features.kind == "logmel"
+            or config.features.size <= config.features.mel_bins,
+            f"augment.warp needs features.mel_bins ({config.features.mel_bins}) of at least features.size "
+            f"({config.features.size}); give the number of mel filters of the MFCC",
+        ),
         (
             config.augment.snr_low <= config.augment.snr_high,
             f"augment.snr_low must be at most augment.snr_high; got {config.augment.snr_low:g} and "

@@ -123,6 +123,7 @@ TABLE = {
     "features.kind": "logmel",
     "features.size": (80, 1, 10_000),
     "features.mel_bins": (80, 1, 10_000),
+    "features.lifter": (22.0, 0, 1000),
     "features.sample_rate": (16_000, 1, 768_000),
     "features.window_ms": (25.0, "more than 0", 1000),
     "features.shift_ms": (10.0, "more than 0", 1000),

@@ -146,6 +146,7 @@ def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfi
     if corpus.kind == "audio":
         settings += [features.kind, features.size, features.sample_rate, features.window_ms]
         settings += [features.mel_bins if features.kind == "mfcc" else 0, features.trim_silence]
+        settings += [features.lifter] if features.kind == "mfcc" else []
     digest = hashlib.sha256(json.dumps(settings).encode())
     for u in utterances:
         text = [u.transcript] if not isinstance(u.transcript, Path) else _stamp(u.transcript)

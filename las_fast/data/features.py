@@ -3,7 +3,8 @@
 There is a frame of window_ms of samples (scaled to 16-bit range) every shift_ms; windows are never partial. The mean of
 a frame is subtracted; it is pre-emphasised (0.97), multiplied by Kaldi's "povey" window and zero-padded to a power of
 two. The filters are triangles on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the sample rate, over the power
-spectrum. Log-mel is the natural logarithm of their energies; MFCC is its orthonormal DCT-II, liftered with 22.
+spectrum. Log-mel is the natural logarithm of their energies; MFCC is its orthonormal DCT-II, liftered (by
+default with 22, as in Kaldi).
 
 The steps before the power spectrum are linear, so one stft computes them for all frames. With e the pre-emphasised
 signal and w the window,
@@ -27,7 +28,6 @@ from las_fast.errors import InputError
 
 PREEMPHASIS = 0.97
 LOW_HZ = 20.0
-LIFTER = 22.0
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's minimum of a filter's energy
 BLOCK_FRAMES = 256  # frames per stft, so that the spectrum fits into the CPU cache
 
@@ -40,7 +40,7 @@ def compute_features(
     Args:
         waveforms: (B, N) float32, or a list of B one-dimensional tensors or arrays, samples from -1 to 1 at
                    config.sample_rate. A waveform shorter than a window is zero-padded to one frame.
-        config:    kind, size, mel_bins, sample_rate, window_ms and shift_ms are used.
+        config:    kind, size, mel_bins, lifter, sample_rate, window_ms and shift_ms are used.
 
     Returns:
         B tensors (T, config.size) float32 with T = 1 + (N - window) // shift.
@@ -99,7 +99,7 @@ def logmel_config(config: FeatureConfig) -> FeatureConfig:
 
 def cepstra(logmel: torch.Tensor, config: FeatureConfig) -> torch.Tensor:
     """Convert log-mel frames (T, bins) to config.kind: unchanged, or MFCC (T, config.size)."""
-    return logmel if config.kind == "logmel" else logmel @ cepstrum_matrix(config.mel_bins, config.size).float()
+    return logmel if config.kind == "logmel" else logmel @ cepstrum_matrix(config).float()
 
 
 def add_deltas(features: torch.Tensor, order: int) -> torch.Tensor:
@@ -185,7 +185,7 @@ def _tables(config: FeatureConfig):
     taper = torch.zeros(size, dtype=torch.float64)
     taper[:window] = (0.5 - 0.5 * torch.cos(2 * math.pi * n / (window - 1))).pow(0.85)
     bins = config.size if config.kind == "logmel" else config.mel_bins
-    transform = cepstrum_matrix(bins, config.size).float() if config.kind == "mfcc" else None
+    transform = cepstrum_matrix(config).float() if config.kind == "mfcc" else None
     spectrum = torch.fft.rfft(taper).to(torch.complex64)
     return taper.float(), spectrum, _mel_filters(bins, size, config.sample_rate).float(), transform
 
@@ -215,10 +215,11 @@ def _mel_filters(count: int, fft_size: int, sample_rate: int) -> torch.Tensor:
     return filters
 
 
-def cepstrum_matrix(bins: int, count: int) -> torch.Tensor:
-    """Return the orthonormal DCT-II times the lifter 1 + 11 sin(pi k / 22), (bins, count)."""
+def cepstrum_matrix(config: FeatureConfig) -> torch.Tensor:
+    """Return the orthonormal DCT-II times the lifter, (mel_bins, size) float64."""
+    bins, count, lifter = config.mel_bins, config.size, config.lifter
     k = torch.arange(count, dtype=torch.float64)
     n = torch.arange(bins, dtype=torch.float64)[:, None]
     dct = math.sqrt(2.0 / bins) * torch.cos(math.pi / bins * (n + 0.5) * k)
     dct[:, 0] = math.sqrt(1.0 / bins)
-    return dct * (1 + LIFTER / 2 * torch.sin(math.pi * k / LIFTER))
+    return dct * (1 + lifter / 2 * torch.sin(math.pi * k / lifter)) if lifter else dct

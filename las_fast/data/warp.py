@@ -26,12 +26,12 @@ def warp_frequencies(frames: Tensor, factor: float, config: FeatureConfig) -> Te
     Args:
         frames: raw log-mel or MFCC frames, as config.kind says.
         factor: from 0.5 to 1.5.
-        config: kind, size, mel_bins and sample_rate are used.
+        config: kind, size, mel_bins, lifter and sample_rate are used; for an archive, they describe its features.
     """
     bins = config.size if config.kind == "logmel" else config.mel_bins
     matrix = _interpolation(_sources(filter_centres(bins, config.sample_rate).numpy(), factor, config.sample_rate / 2))
     if config.kind == "mfcc":
-        to_cepstra, to_logmel = _cepstrum_and_inverse(bins, config.size)
+        to_cepstra, to_logmel = _cepstrum_and_inverse(config)
         matrix = to_logmel @ matrix @ to_cepstra
     return frames @ matrix.float()
 
@@ -50,7 +50,7 @@ def _interpolation(sources: np.ndarray) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _cepstrum_and_inverse(bins: int, size: int) -> tuple[Tensor, Tensor]:
+def _cepstrum_and_inverse(config: FeatureConfig) -> tuple[Tensor, Tensor]:
     """Return the MFCC matrix (bins, size) and its pseudo-inverse, which gives smooth log-mel frames, both float64."""
-    matrix = cepstrum_matrix(bins, size)
+    matrix = cepstrum_matrix(config)
     return matrix, torch.linalg.pinv(matrix)

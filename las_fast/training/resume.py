@@ -30,13 +30,14 @@ def check_same_settings(saved: dict, current: dict, path: Path, *, kind: str = "
 
     A setting that the checkpoint lacks is newer; it counts as its default, or as its value in LEGACY_SETTINGS. Besides
     FREE_TO_CHANGE, these may differ: a restart of the learning rate at the former end and more epochs, which leave the
-    earlier cycles as they are; smaller batches, in case memory ran out; and features.kind where it has no effect.
+    earlier cycles as they are; smaller batches, in case memory ran out; and features.kind and lifter where they have no
+    effect.
 
     Args:
         saved:   settings of the checkpoint, as plain data.
         current: settings of the resumed training, as plain data.
         path:    the checkpoint, for the error.
-        kind:    of the corpus, "audio" or "features"; with "features", features.kind has no effect.
+        kind:    of the corpus, "audio" or "features"; with "features", only augment.warp uses features.kind and lifter.
     """
     before, after = dict(flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(flatten(saved)), dict(flatten(current))
     ends_before, ends_after = (  # epochs at which cycles end
@@ -44,7 +45,7 @@ def check_same_settings(saved: dict, current: dict, path: Path, *, kind: str = "
     )
     longer = ends_after[: len(ends_before)] == ends_before
     free = {*FREE_TO_CHANGE} | ({"training.epochs", "training.restarts"} if longer else set())
-    free |= {"features.kind"} if kind == "features" else set()
+    free |= {"features.kind", "features.lifter"} if kind == "features" and not after["augment.warp"] else set()
     for key, value in after.items():
         section, _, name = key.rpartition(".")
         smaller = section == "data" and name in BATCH_SIZES and value < before[key]

@@ -181,6 +181,15 @@ def test_an_entry_depends_on_every_input_of_its_frames(corpus, tmp_path, monkeyp
     assert set(same) == {keys[-1]}
 
 
+def test_only_mfcc_of_recordings_depend_on_the_lifter(corpus):
+    def key(kind, features):
+        return cache_module._key(replace(corpus, kind=kind), corpus.utterances("dev-clean"), features)
+
+    for kind, features, depends in [("audio", F23, False), ("audio", replace(F23, kind="mfcc"), True),
+                                    ("features", replace(F23, kind="mfcc"), False)]:  # fmt: skip
+        assert (key(kind, features) != key(kind, replace(features, lifter=0.0))) == depends
+
+
 def test_the_folder_of_an_entry_is_named_for_its_split(tmp_path, folder, corpus):
     split = "Ä / " + "x" * 60
     entry = open_cache(corpus, split, corpus.utterances("dev-clean"), F23, folder=str(folder), progress=False)

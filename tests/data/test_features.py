@@ -37,7 +37,7 @@ def kaldi(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
     options.frame_opts.dither = 0
     options.mel_opts.num_bins = config.size if config.kind == "logmel" else config.mel_bins
     if config.kind == "mfcc":
-        options.num_ceps, options.use_energy = config.size, False
+        options.num_ceps, options.use_energy, options.cepstral_lifter = config.size, False, config.lifter
     reader = knf.OnlineFbank(options) if config.kind == "logmel" else knf.OnlineMfcc(options)
     reader.accept_waveform(config.sample_rate, (samples * 32768).tolist())
     reader.input_finished()
@@ -52,8 +52,10 @@ def kaldi(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
         FeatureConfig(size=23, sample_rate=8000),
         MFCC,
         FeatureConfig(kind="mfcc", size=13, mel_bins=23),
+        FeatureConfig(kind="mfcc", size=13, mel_bins=23, lifter=0),
+        FeatureConfig(kind="mfcc", size=13, mel_bins=23, lifter=10),
     ],
-    ids=["80 bins", "40 bins", "8 kHz", "28 MFCC", "13 MFCC"],
+    ids=["80 bins", "40 bins", "8 kHz", "28 MFCC", "13 MFCC", "13 MFCC, no lifter", "13 MFCC, lifter 10"],
 )
 @pytest.mark.parametrize("offset", [0.0, 0.1], ids=["centred", "with an offset"])
 def test_features_equal_kaldis(config, offset):

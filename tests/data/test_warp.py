@@ -9,13 +9,14 @@ import pytest
 import torch
 from tiny_corpora import make_archive, make_speech, write_audio
 
-from las_fast.config import AugmentConfig, DataConfig, FeatureConfig
+from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, check
 from las_fast.data.augment import Augment
 from las_fast.data.batching import make_loader
 from las_fast.data.dataset import load_dataset
 from las_fast.data.features import cepstra, compute_features, filter_centres
 from las_fast.data.layouts import open_corpus
 from las_fast.data.warp import BOUNDARY, warp_frequencies
+from las_fast.errors import InputError
 from las_fast.text import Vocabulary
 
 CONFIG, RATE = FeatureConfig(), 16000
@@ -36,31 +37,40 @@ def test_a_warped_tone_peaks_where_the_tone_of_that_frequency_does(hertz, factor
 
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.0, 1.1, 1.5])
 def test_the_map_is_a_factor_up_to_the_boundary_and_then_a_line_to_half_the_rate(factor):
-    centres = filter_centres(80, RATE)
+    centres = filter_centres(80, RATE).numpy()
     position = torch.arange(80.0, dtype=torch.float64)[None]  # a frame that says where its energy came from
     sources = warp_frequencies(position.float(), factor, CONFIG)[0].numpy()
-    old = np.interp(sources, position[0].numpy(), centres.numpy())
+    old = np.interp(sources, position[0].numpy(), centres)
     knee = BOUNDARY * RATE / 2 * min(factor, 1.0)
     slope = (RATE / 2 - knee / factor) / (RATE / 2 - knee)
     expected = np.where(centres <= knee, centres / factor, RATE / 2 - slope * (RATE / 2 - centres))
     np.testing.assert_allclose(old, expected.clip(centres[0], centres[-1]), rtol=5e-3)
 
 
-@pytest.mark.parametrize("config", [CONFIG, FeatureConfig(kind="mfcc", size=13, mel_bins=23)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        FeatureConfig(kind="mfcc", size=13, mel_bins=23),
+        FeatureConfig(kind="mfcc", size=28, mel_bins=40, lifter=0),
+    ],
+)
 def test_a_factor_of_one_changes_nothing(config):
     frames = torch.randn(7, config.size)
     torch.testing.assert_close(warp_frequencies(frames, 1.0, config), frames, atol=1e-5, rtol=0)
 
 
-def test_mfcc_are_warped_as_the_log_mel_frames_that_they_come_from():
-    mfcc = FeatureConfig(kind="mfcc", size=80, mel_bins=80)  # nothing is lost in the transform
+@pytest.mark.parametrize("lifter", [0.0, 22.0])
+def test_mfcc_are_warped_as_the_log_mel_frames_that_they_come_from(lifter):
+    mfcc = FeatureConfig(kind="mfcc", size=80, mel_bins=80, lifter=lifter)  # nothing is lost in the transform
     frames = compute_features([make_speech(0.5)], CONFIG)[0]
     expected = cepstra(warp_frequencies(frames, 1.13, CONFIG), mfcc)
     torch.testing.assert_close(warp_frequencies(cepstra(frames, mfcc), 1.13, mfcc), expected, atol=2e-2, rtol=1e-3)
 
 
-def test_truncated_mfcc_are_warped_as_the_smooth_spectrum_that_they_describe():
-    mfcc = FeatureConfig(kind="mfcc", size=13, mel_bins=40)
+@pytest.mark.parametrize("lifter", [0.0, 22.0])
+def test_truncated_mfcc_are_warped_as_the_smooth_spectrum_that_they_describe(lifter):
+    mfcc = FeatureConfig(kind="mfcc", size=13, mel_bins=40, lifter=lifter)
     logmel = FeatureConfig(size=40)
     peak = torch.exp(-0.5 * ((torch.arange(40.0) - 15) / 5) ** 2)[None]  # smooth: the first 13 cepstra describe it
     expected = cepstra(warp_frequencies(peak, 0.9, logmel), mfcc)
@@ -120,6 +130,17 @@ def test_the_other_random_choices_stay_the_same_with_a_warp(dataset):
     speed = replace(PLAIN, speed=0.2)
     lengths = [[len(x) for x in features_of(dataset, config)] for config in (speed, replace(speed, warp=0.2))]
     assert lengths[0] == lengths[1]
+
+
+def test_mfcc_cannot_be_warped_without_the_number_of_their_filters():
+    config = Config(features=FeatureConfig(kind="mfcc", size=28, mel_bins=23), augment=AugmentConfig(warp=0.1))
+    with pytest.raises(
+        InputError, match=r"augment.warp needs features.mel_bins \(23\) of at least features.size \(28\)"
+    ):
+        check(config)
+    for changed in ({"kind": "logmel"}, {"mel_bins": 28}):
+        check(replace(config, features=replace(config.features, **changed)))
+    check(replace(config, augment=AugmentConfig()))
 
 
 def test_archives_of_mfcc_are_warped(tmp_path):

@@ -14,6 +14,7 @@ from fakes import Curriculum, raising
 from tiny_checkpoints import bare_trainer, make_trainer, small
 
 from las_fast import progress
+from las_fast.config import AugmentConfig
 from las_fast.errors import InputError, Stopped
 from las_fast.output.metrics import Scores
 from las_fast.training import monitor
@@ -512,3 +513,18 @@ def test_the_kind_of_features_may_differ_where_an_archive_has_computed_them():
     check_same_settings(then, now, Path("last.pt"), kind="features")
     with pytest.raises(InputError, match="was trained with features.kind = mfcc, not logmel"):
         check_same_settings(then, now, Path("last.pt"), kind="audio")
+
+
+@pytest.mark.parametrize(("name", "before", "after"), [("kind", "mfcc", "logmel"), ("lifter", 22.0, 0.0)])
+def test_augment_warp_needs_the_kind_and_the_lifter_of_before(name, before, after):
+    for warp in (0.0, 0.1):
+        then, now = (
+            to_tree(small(features=replace(small().features, **{name: value}), augment=AugmentConfig(warp=warp)))
+            for value in (before, after)
+        )
+        with (
+            pytest.raises(InputError, match=f"features.{name} = {before}, not {after}")
+            if warp
+            else contextlib.nullcontext()
+        ):
+            check_same_settings(then, now, Path("last.pt"), kind="features")
