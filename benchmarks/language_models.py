@@ -61,7 +61,8 @@ def measure(
     assert model is not None
     stored = load_lm(path)
     memory = 4e-6 * (model.rows.numel() + model.arcs.numel())
-    bits = bits_per_character(model, dataset.texts, loaded.vocabulary)
+    # a difference of two models has no probabilities
+    bits = math.nan if stored.subtracted else bits_per_character(model, dataset.texts, loaded.vocabulary)
     sizes = (round(path.stat().st_size / 1e6, 2), round(memory, 1), round(bits, 3))
     described = (path.name.removesuffix(".lm.safetensors"), stored.order, stored.ngrams, *sizes)
     for decoding, texts in zip(settings, decode_grid(loaded, dataset, settings, model, "cpu"), strict=True):

@@ -17,6 +17,10 @@ order with count i.
 --prune N leaves out n-grams of 4 and more tokens that occur fewer than N times. Their probability goes to shorter ones.
 --weights counts each text several times. --exclude leaves out every sentence that overlaps with a text that the model
 is to be tuned or tested on: it is one of its sentences, or has six words in a row in common with one.
+
+--subtract makes scores for a model that was trained on these transcripts, and knows their language already (density
+ratio, McDermott et al. 2019): log p(w | h) - weight * log q(w | h), q being a model of the transcripts. The best
+decoding.ngram_weight is then about twice as high.
 """
 
 from __future__ import annotations
@@ -36,21 +40,24 @@ from las_fast.errors import InputError
 from las_fast.files import prepare_output_file
 from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import track
+from las_fast.search.density_ratio import subtract
 from las_fast.search.kneser_ney import (
     Counts,
     check_order,
+    count_ngrams,
     count_weighted,
     encode_sentences,
     estimate,
     merge_counts,
     perplexity,
 )
-from las_fast.search.ngram import DEFAULT_ORDER, LanguageModel, is_lm, save_lm
+from las_fast.search.ngram import DEFAULT_ORDER, MAX_SUBTRACTED, LanguageModel, is_lm, save_lm
 from las_fast.text import CHARACTERS, Vocabulary, has_lost_digits, normalise_text
 
 HELD_OUT_ONE_IN = 20  # one sentence in 20 is held out to measure the perplexity
 SENTENCES_PER_PASS = 20000  # encoded at once
 COMMON_WORDS = 6  # sentences with this many words in a row in common overlap
+SUBTRACTED = 0.5  # default weight of the model of --subtract
 MAX_WEIGHT = 1_000_000  # so that counts stay far below 64 bits
 Tokens = dict[int, list[np.ndarray]]  # encoded sentences by weight
 
@@ -238,6 +245,13 @@ def parser() -> Parser:
     parser.add_argument(
         "--exclude-split", default="dev", help="split of each corpus that --exclude names (default: dev)"
     )
+    parser.add_argument(
+        "--subtract", type=as_path, nargs="+", default=[], metavar="TEXT",
+        help="subtract a model of these texts: the transcripts that the recogniser was trained on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--subtract-weight", type=float, default=SUBTRACTED, metavar="W", help=f"its weight (default: {SUBTRACTED})"
+    )
     parser.add_argument("--characters", default=CHARACTERS, help="characters of the checkpoint (default: A-Z ' space)")
     parser.add_argument("--split", default="", help="split of each corpus (default: all of its training splits)")
     return parser
@@ -260,12 +274,27 @@ def main(argv: list[str] | None = None) -> None:
         without = f"1 sentence in {HELD_OUT_ONE_IN}, for a model trained without them"
         lines.append(("perplexity", f"{value:.3f} per character on {without}"))
     counts = list(itertools.starmap(merge_counts, zip(counts, count(held_out, V, options.order), strict=True)))
-    levels = estimate(counts, V, prune=options.prune)
-    model = LanguageModel(options.order, options.characters, levels, sentences=sentences.kept)
+    model = LanguageModel(options.order, options.characters, estimate(counts, V, prune=options.prune), sentences.kept)
+    if options.subtract:
+        model, line = without_transcripts(model, options, excluded)
+        lines.append(line)
     save_lm(options.out, model)
     size = options.out.stat().st_size / 1e6
     lines += [("order", describe_order(model)), ("written", f"{options.out} ({size:.2f} MB)")]
     print("\n".join(f"{name:<12}{value}" for name, value in lines))
+
+
+def without_transcripts(
+    model: LanguageModel, options: argparse.Namespace, excluded: Excluded | None
+) -> tuple[LanguageModel, tuple[str, str]]:
+    """Subtract a model of the texts of --subtract; return the scores, and a line to print."""
+    V, order = len(Vocabulary(model.characters)), min(DEFAULT_ORDER, model.order)
+    sentences = Sentences(options.subtract, model.characters, options.split, excluded=excluded)
+    tokens = encode_sentences([text for text, _ in sentences], model.characters)
+    sentences.check_kept()
+    levels = subtract(model.levels, estimate(count_ngrams(tokens, V, order), V), options.subtract_weight, V)
+    line = f"{options.subtract_weight:g} times a model of order {order} of {sentences.kept} sentences"
+    return replace(model, levels=levels, subtracted=options.subtract_weight), ("subtracted", line)
 
 
 def check_options(options: argparse.Namespace, V: int) -> None:
@@ -278,8 +307,12 @@ def check_options(options: argparse.Namespace, V: int) -> None:
     if wrong := [weight for weight in options.weights or [] if not 1 <= weight <= MAX_WEIGHT]:
         advice = "; leave the text out instead" if wrong[0] < 1 else ""
         raise InputError(f"--weights must be from 1 to {MAX_WEIGHT}; got {wrong[0]}{advice}")
+    if not 0 < options.subtract_weight <= MAX_SUBTRACTED:
+        raise InputError(
+            f"--subtract-weight must be above 0 and at most {MAX_SUBTRACTED:g}; got {options.subtract_weight:g}"
+        )
     kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "may_replace": is_lm}
-    prepare_output_file(options.out, "--out", inputs=[*options.texts, *options.exclude], **kind)
+    prepare_output_file(options.out, "--out", inputs=[*options.texts, *options.exclude, *options.subtract], **kind)
 
 
 def describe_text(sentences: Sentences) -> list[tuple[str, str]]:

@@ -54,6 +54,7 @@ DEFAULT_WEIGHT = 0.1  # decoding.ngram_weight with --lm if the settings have non
 LARGEST_CODE = 255
 DTYPES = {"U8", "U16", "U32", "I32", "I64", "F32"}  # of the tensors of both formats; numpy lacks some of safetensors
 ROUNDING = 1e-3  # a log-probability of 0 may be read as a number between 0 and this
+MAX_SUBTRACTED = 1.0  # weight of the subtracted log-probabilities
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class LanguageModel:
     characters: str
     levels: tuple[Level, ...]  # of orders 1 to `order`
     sentences: int = 0
+    subtracted: float = 0.0  # weight with which the log-probabilities of the transcripts were subtracted
 
     @property
     def ngrams(self) -> int:
@@ -97,6 +99,8 @@ def save_lm(path: Path, model: LanguageModel) -> None:
         "sentences": str(model.sentences),
         "las_fast": __version__,
     }
+    if model.subtracted:
+        metadata["subtracted"] = repr(model.subtracted)
     write_tensors(path, lambda name: save_file(tensors, name, metadata), lambda: save(tensors, metadata))
 
 
@@ -152,9 +156,11 @@ def load_lm(path: Path) -> LanguageModel:
             if metadata.get("format") not in READERS:
                 raise InputError(f"{path} is not a language model of las_fast; make one with python -m las_fast.lm")
             order, characters = int(metadata["order"]), metadata["characters"]
-            sentences = int(metadata["sentences"])
+            sentences, subtracted = int(metadata["sentences"]), float(metadata.get("subtracted", 0))
             _require(characters and len(set(characters)) == len(characters))
-            levels = READERS[metadata["format"]](partial(_tensor, file), order, len(Vocabulary(characters)))
+            _require(0 <= subtracted <= MAX_SUBTRACTED)
+            highest = -FORBIDDEN_LOG_PROB if subtracted else ROUNDING
+            levels = READERS[metadata["format"]](partial(_tensor, file), order, len(Vocabulary(characters)), highest)
     except _DamagedError:
         raise InputError(f"{path} is damaged: its numbers are inconsistent; make it or copy it again") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -163,7 +169,7 @@ def load_lm(path: Path) -> LanguageModel:
             raise InputError(f"{problem}; train one on its text with python -m las_fast.lm") from None
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise InputError(f"{path} is not a readable language model ({reason}); make it or copy it again") from None
-    return LanguageModel(order, characters, levels, sentences)
+    return LanguageModel(order, characters, levels, sentences, subtracted)
 
 
 def is_lm(path: Path) -> bool:
@@ -188,7 +194,7 @@ def _tensor(file: Any, name: str) -> np.ndarray:
     return file.get_tensor(name)
 
 
-def _read_counts(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
+def _read_counts(tensor: Tensors, order: int, V: int, highest: float) -> tuple[Level, ...]:
     """Read format 1 and estimate its model."""
     ngrams, counts = (tensor(name).astype(np.int64) for name in ("ngrams", "counts"))
     _require(1 <= order <= max_order(V) and ngrams.ndim == 1 and ngrams.shape == counts.shape and (counts >= 1).all())
@@ -197,8 +203,8 @@ def _read_counts(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
     return estimate(counts_of_all_orders(ngrams, counts, V, order), V)
 
 
-def _read_trie(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
-    """Read format 2."""
+def _read_trie(tensor: Tensors, order: int, V: int, highest: float) -> tuple[Level, ...]:
+    """Read format 2, whose log-probabilities and back-off weights must be below `highest`."""
     nodes, log_probs, backoffs, sizes, scales = map(tensor, ("tokens", "log_probs", "backoffs", "sizes", "scales"))
     _require(1 <= order <= max_order(V) and sizes.shape == (order,) and scales.shape == (order, 4))
     _require(sizes.dtype == np.int64 and scales.dtype == np.float32 and nodes.dtype.kind == "u")
@@ -209,24 +215,27 @@ def _read_trie(tensor: Tensors, order: int, V: int) -> tuple[Level, ...]:
     for k, (size, scale) in enumerate(zip(sizes.tolist(), scales, strict=True), 1):
         begin, end = end, end + size
         ngrams = _ngrams_of_nodes(nodes[begin:end].astype(np.int64), contexts, V, first=0 if k == 1 else SOS + 1)
-        values, weights = _dequantise(log_probs[begin:end], *scale[:2]), np.zeros(1, np.float32)
+        values, weights = _dequantise(log_probs[begin:end], *scale[:2], highest=highest), np.zeros(1, np.float32)
         if k == 1:
             _require(np.array_equal(ngrams, np.arange(V)))
             values[[PAD, SOS]] = FORBIDDEN_LOG_PROB
         else:
             _require(find(levels[-1].ngrams, ngrams % V ** (k - 1))[0].all())
-            weights, backoffs = _dequantise(backoffs[: len(contexts)], *scale[2:]), backoffs[len(contexts) :]
+            weights, backoffs = (
+                _dequantise(backoffs[: len(contexts)], *scale[2:], highest=highest),
+                backoffs[len(contexts) :],
+            )
         levels.append(Level(ngrams, values, contexts, weights))
         contexts = ngrams[nodes[begin:end] & 2 != 0]
     _require(not len(contexts))
     return tuple(levels)
 
 
-def _dequantise(codes: np.ndarray, low: np.float32, step: np.float32) -> np.ndarray:
-    """Return log-probabilities or back-off weights; both are at most 0."""
+def _dequantise(codes: np.ndarray, low: np.float32, step: np.float32, *, highest: float) -> np.ndarray:
+    """Return log-probabilities or back-off weights, which must be below `highest`."""
     with np.errstate(over="ignore", invalid="ignore"):
         values = low + step * codes.astype(np.float32)
-    _require(((values > FORBIDDEN_LOG_PROB) & (values < ROUNDING)).all())
+    _require(((values > FORBIDDEN_LOG_PROB) & (values < highest)).all())
     return values
 
 
