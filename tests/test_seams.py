@@ -607,10 +607,10 @@ CHANGES_FEATURES = {
     "logmel": {"kind": "mfcc", "size": 40, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5,
                "trim_silence": False},
     "mfcc": {"kind": "logmel", "size": 12, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5, "mel_bins": 40,
-             "trim_silence": False},
+             "lifter": 0.0, "trim_silence": False},
 }  # fmt: skip
 SAME_FEATURES = {
-    "logmel": {"mel_bins": 40, "normalisation": "none", "deltas": 1},
+    "logmel": {"mel_bins": 40, "lifter": 0.0, "normalisation": "none", "deltas": 1},
     "mfcc": {"normalisation": "global", "deltas": 2},
 }
 
