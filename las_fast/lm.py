@@ -250,7 +250,7 @@ def parser() -> Parser:
         help="subtract a model of these texts: the transcripts that the recogniser was trained on",
     )  # fmt: skip
     parser.add_argument(
-        "--subtract-weight", type=float, default=SUBTRACTED, metavar="W", help=f"its weight (default: {SUBTRACTED})"
+        "--subtract-weight", type=float, metavar="W", help=f"weight of the subtracted model (default: {SUBTRACTED})"
     )
     parser.add_argument("--characters", default=CHARACTERS, help="characters of the checkpoint (default: A-Z ' space)")
     parser.add_argument("--split", default="", help="split of each corpus (default: all of its training splits)")
@@ -307,12 +307,21 @@ def check_options(options: argparse.Namespace, V: int) -> None:
     if wrong := [weight for weight in options.weights or [] if not 1 <= weight <= MAX_WEIGHT]:
         advice = "; leave the text out instead" if wrong[0] < 1 else ""
         raise InputError(f"--weights must be from 1 to {MAX_WEIGHT}; got {wrong[0]}{advice}")
+    check_subtract_weight(options)
+    kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "may_replace": is_lm}
+    prepare_output_file(options.out, "--out", inputs=[*options.texts, *options.exclude, *options.subtract], **kind)
+
+
+def check_subtract_weight(options: argparse.Namespace) -> None:
+    """Raise InputError if the weight is out of range, or there is no --subtract; set the default."""
+    if options.subtract_weight is None:
+        options.subtract_weight = SUBTRACTED
+    elif not options.subtract:
+        raise InputError("--subtract-weight has no effect without --subtract; give the transcripts, or leave it out")
     if not 0 < options.subtract_weight <= MAX_SUBTRACTED:
         raise InputError(
             f"--subtract-weight must be above 0 and at most {MAX_SUBTRACTED:g}; got {options.subtract_weight:g}"
         )
-    kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "may_replace": is_lm}
-    prepare_output_file(options.out, "--out", inputs=[*options.texts, *options.exclude, *options.subtract], **kind)
 
 
 def describe_text(sentences: Sentences) -> list[tuple[str, str]]:

@@ -154,6 +154,13 @@ def test_bad_options_are_one_sentence_errors(tmp_path, argv, transcripts, messag
     assert not (tmp_path / "lm.safetensors").exists()
 
 
+def test_a_weight_without_transcripts_is_an_error(tmp_path):
+    (tmp_path / "much.txt").write_text("A\n", encoding="utf-8")
+    with pytest.raises(InputError, match="^--subtract-weight has no effect without --subtract; give the transcripts"):
+        lm.main([str(tmp_path / "much.txt"), "--out", str(tmp_path / "x.safetensors"), "--subtract-weight", "0.5"])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_levels_hold_what_their_docstring_says():
     p, q = train(MUCH, order=3, characters=AB), train(random_texts(1), order=4, characters=AB)
     levels = subtract(p.levels, q.levels, 0.5, V)
