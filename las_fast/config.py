@@ -126,7 +126,7 @@ class AugmentConfig:
     # largest relative change of speed, drawn per utterance: 0.1 gives 0.9 to 1.1 times the speed
     speed: float = number(0.0, below=1)
     # largest relative change of frequencies, as of another speaker's, drawn per utterance: 0.1 gives 0.9 to 1.1 times.
-    # For an archive, features.kind, mel_bins and lifter must be those of its features
+    # For an archive, features.kind, sample_rate, mel_bins and lifter must be those of its features
     warp: float = number(0.0, at_most=0.5)
     # share of batches whose utterances are joined in pairs: new texts, twice as long
     join: float = number(0.0, at_most=1)

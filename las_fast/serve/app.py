@@ -271,7 +271,7 @@ class _Stream(StreamingResponse):
 
 
 def _label(known: set[str], path: str) -> str:
-    """Return the label of a path in metrics and log: the address that it has in `known`, or "other"."""
+    """Return the label of a path in metrics and log: itself if it is in `known`, "/v1/models/NAME", or "other"."""
     if path.startswith("/v1/models/"):
         return "/v1/models/NAME"
     return path if path in known else "other"
