@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(config.training.threads)
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
-    config = fit_features(config, corpus, options.user_set)
+    config = check(fit_features(config, corpus, options.user_set))
     check_logmel(config.augment, config.features, corpus.kind)
     init = load_init(options, config, corpus)
     train_data, dev_data = load_data(config, corpus)

@@ -61,6 +61,13 @@ def test_s25_trains_with_the_preset_of_another_edition(tmp_path, capsys):
     assert config.features == replace(load_config("hw4p2").features, size=80, kind="logmel")
 
 
+def test_the_settings_are_checked_again_with_the_features_of_the_archive(tmp_path):
+    archive = make_archive(tmp_path, "S24", utterances=2)  # 27 MFCC; the preset has 13 of 23 mel filters
+    with pytest.raises(InputError, match=r"augment.warp needs features.mel_bins \(23\) of at least .*size \(27\)"):
+        train.main(arguments("an4", archive, tmp_path / "run", "--augment.warp", "0.1"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_training_with_another_feature_kind_of_the_same_archive_resumes(tmp_path, capsys):
     archive, out = make_archive(tmp_path, "S25", utterances=2), tmp_path / "run"
     train.main(arguments("hw4p2", archive, out, *TINY, "--features.size", "80", "--features.kind", "mfcc"))
