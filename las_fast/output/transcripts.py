@@ -106,7 +106,9 @@ class Transcript:
 
         if not isinstance(path, (str, os.PathLike)):
             raise InputError(f"the file of a transcript is a path; got {type_name(path)}")
-        file = expand(os.fspath(path))
+        file = expand(os.fsdecode(path))
+        if "\0" in str(file):
+            raise InputError(f"{show(file)}: a path has no null characters; remove them")
         text = self.to_string(format_of(file), width=width, lines=lines, word_times=word_times)
         make_folder(file.parent, f"save {show(file)}")
         write_text_atomically(file, text)

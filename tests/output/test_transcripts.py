@@ -57,6 +57,7 @@ def test_ctm_of_a_transcript_without_a_path_has_a_name():
     [
         ("talk.docx", {}, r"^\S+talk\.docx: the name of a transcript must end in \.txt, \.json, \.srt, \.vtt, \.tsv, "
          r"\.ctm or \.TextGrid; change it$"),
+        ("a\0.srt", {}, r"a\\x00\.srt: a path has no null characters; remove them$"),
         ("talk", {}, "talk: the name of a transcript must end in"),
         ("talk.srt", {"width": 0}, "^width must be a whole number of at least 1; got 0$"),
         ("talk.srt", {"lines": 1.5}, "^lines must be a whole number of at least 1; got 1.5$"),
