@@ -13,9 +13,10 @@ the ratio of the mean power of the speech, pauses excluded, to that of the noise
                    3 dB above the rest
     4 s of zeros   before and after
 
-"greedy" is attention alone; "best" is the checkpoint's own settings, with its CTC weight and language model. The tables
-have several checkpoints side by side, and the relative change of the CER from the first to the last. Recordings are
-read and changed once for all checkpoints of one sample rate.
+"greedy" is attention alone; "best" is the checkpoint's own settings, with its CTC weight and language model. --lm gives
+a checkpoint without a language model weight the default one. The tables have several checkpoints side by side, and the
+relative change of the CER from the first to the last. Recordings are read and changed once for all checkpoints of one
+sample rate.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from las_fast.ops import NgramModel
 from las_fast.output.metrics import score
 from las_fast.progress import track
 from las_fast.search.dataset import Utterances, decode_dataset
-from las_fast.search.ngram import load_ngram_model
+from las_fast.search.ngram import load_ngram_model, with_default_weight
 
 FILE = RESULTS / "robustness.csv"
 COLUMNS = (*CONTEXT, "checkpoint", "split", "part", "condition", "way", "utterances", "cer")
@@ -276,7 +277,8 @@ def prepare(options: argparse.Namespace) -> list[Entry]:
     names, entries = options.checkpoint, []
     for name, label, loaded in zip(names, labels(names), load_checkpoints(names), strict=True):
         ways = {}
-        for way, decoding in decodings(loaded.config.decoding).items():
+        base = with_default_weight(loaded.config.decoding, options.lm)
+        for way, decoding in decodings(base).items():
             if way in options.ways:
                 lm = options.lm if decoding.ngram_weight else None
                 ways[way] = (decoding, load_ngram_model(lm, decoding, loaded, "cpu"))
