@@ -155,6 +155,16 @@ def measure(entry: Entry, dataset: SpeechDataset, groups: dict[str, list[int]], 
             yield part, way, scores.utterances, *values, different
 
 
+def check_utterances(entries: Sequence[Entry], datasets: Sequence[SpeechDataset]) -> None:
+    """Raise InputError if the settings of the checkpoints leave out different utterances."""
+    for entry, dataset in zip(entries, datasets, strict=True):
+        if dataset.ids != datasets[0].ids:
+            raise InputError(
+                f"{entries[0].label} is scored on {len(datasets[0])} utterances and {entry.label} on {len(dataset)}, "
+                "because data.on_bad, data.characters or data.normalise_text differ; score one checkpoint at a time"
+            )
+
+
 def warn_of_other_texts(entries: Sequence[Entry], datasets: Sequence[SpeechDataset]) -> None:
     """Warn if the settings of the checkpoints turn the transcripts into different references."""
     for entry, dataset in zip(entries, datasets, strict=True):
@@ -200,12 +210,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     entries, ways = prepare(options)
     datasets = [open_split(options, entry.loaded) for entry in entries]
+    check_utterances(entries, datasets)
     warn_of_other_texts(entries, datasets)
     corpus = open_corpus(options.data)
     groups = parts(datasets[0].ids, corpus.root, corpus.resolve(options.split), options.by)
     rows = {}
     for entry, dataset in zip(entries, datasets, strict=True):
-        assert dataset.ids == datasets[0].ids
         rows[entry.label] = list(measure(entry, dataset, groups, options.backend))
     print(markdown(rows, ways, list(groups)))
     print(summary(rows))

@@ -225,6 +225,17 @@ def test_scores_against_different_texts_come_with_a_warning(corpus, tmp_path, ca
     assert "warning" not in capsys.readouterr().err
 
 
+def test_scores_on_different_utterances_are_refused(corpus, tmp_path):
+    text = "id\tpath\ttranscript\tsplit\n" + "".join(
+        f"{i}\t{corpus}/data/audio/dev-{i}.wav\t{text}\tdev\n" for i, text in enumerate(("A B", "A Z"))
+    )
+    (tmp_path / "manifest.tsv").write_text(text)
+    path = make_checkpoint(tmp_path, 16, mel_bins=23, sections={"data": DataConfig(characters="AB ", on_bad="skip")})
+    argv = ["--checkpoint", str(corpus / "bare.safetensors"), str(path), "--data", str(tmp_path / "manifest.tsv")]
+    with pytest.raises(InputError, match="^bare is scored on 2 utterances and untrained-16 on 1, because data.on_bad"):
+        scores.main([*argv, "--split", "dev"])
+
+
 # ----------------------------------------------------------------------------------------------------------- robustness
 
 
@@ -257,6 +268,15 @@ def test_robustness_of_several_checkpoints_is_that_of_each_alone(corpus, tmp_pat
             changes = [f"{100 * (new - old) / old:+.1f}%" for old, new in zip(*cers, strict=True)]
             expected.append([condition, "change", *changes])
     assert cells(printed) == expected
+
+
+def test_robustness_gives_the_language_model_of_the_option_to_every_checkpoint(corpus):
+    options = SimpleNamespace(lm=str(corpus / "lm.lm.safetensors"), ways=["greedy", "best"])
+    options.checkpoint = [str(corpus / f"{name}.safetensors") for name in ("bare", "lm")]
+    entries = robustness.prepare(options)
+    assert [entry.ways["best"][0].ngram_weight for entry in entries] == [0.1, 0.2]
+    for entry in entries:
+        assert entry.ways["best"][1] is not None and entry.ways["greedy"][1] is None
 
 
 def test_recordings_are_read_and_changed_once_per_sample_rate(corpus, monkeypatch, capsys):
