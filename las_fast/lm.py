@@ -18,9 +18,9 @@ order with count i.
 --weights counts each text several times. --exclude leaves out every sentence that overlaps with a text that the model
 is to be tuned or tested on: it is one of its sentences, or has six words in a row in common with one.
 
---subtract makes scores for a model that was trained on these transcripts, and knows their language already (density
-ratio, McDermott et al. 2019): log p(w | h) - weight * log q(w | h), q being a model of the transcripts. The best
-decoding.ngram_weight is then about twice as high.
+--subtract names the transcripts that the recogniser was trained on: it has learned their language, so the search should
+not count it again. The file then holds log p(w | h) - weight * log q(w | h), with q a model of the transcripts (density
+ratio, McDermott et al. 2019). The best decoding.ngram_weight is about twice as high. The perplexity printed is p's.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ from torch import Tensor
 from las_fast.config import FeatureConfig
 from las_fast.data.features import cepstrum_matrix, filter_centres
 
-BOUNDARY = 0.6  # share of half the sample rate up to which frequencies are multiplied by the factor
+BOUNDARY = 0.6  # share of half the sample rate up to which frequencies, old and new, are multiplied by the factor
 
 
 def warp_frequencies(frames: Tensor, factor: float, config: FeatureConfig) -> Tensor:
     """Move what is at f Hz in frames (T, F) to factor * f Hz.
 
-    Above BOUNDARY the map from old to new frequencies is linear up to half the sample rate, which stays.
+    The factor holds while old and new frequency are below BOUNDARY. Above, the map is linear up to half the sample
+    rate, which stays.
 
     Args:
         frames: raw log-mel or MFCC frames, as config.kind says.
@@ -38,7 +39,7 @@ def warp_frequencies(frames: Tensor, factor: float, config: FeatureConfig) -> Te
 
 def _sources(centres: np.ndarray, factor: float, top: float) -> np.ndarray:
     """Return the position among the filters (F,) from which each filter takes its energy, from 0 to F - 1."""
-    knee = BOUNDARY * top * min(factor, 1.0)  # new frequency of BOUNDARY * top, or of what lands there
+    knee = BOUNDARY * top * min(factor, 1.0)  # new frequency at which the map bends; the old one is knee / factor
     old = np.interp(centres, [0.0, knee, top], [0.0, knee / factor, top])
     return np.interp(old, centres, np.arange(len(centres)))
 
