@@ -378,6 +378,10 @@ def check(config: Config) -> Config:
         (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
         (
+            not 0 < config.features.lifter < 1,
+            f"features.lifter must be 0 for none, or at least 1; got {config.features.lifter:g}",
+        ),
+        (
             not config.augment.warp
             or config.features.kind == "logmel"
             or config.features.size <= config.features.mel_bins,

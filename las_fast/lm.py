@@ -52,7 +52,7 @@ from las_fast.search.kneser_ney import (
     perplexity,
 )
 from las_fast.search.ngram import DEFAULT_ORDER, MAX_SUBTRACTED, LanguageModel, is_lm, save_lm
-from las_fast.text import CHARACTERS, Vocabulary, has_lost_digits, normalise_text
+from las_fast.text import CHARACTERS, SOS, Vocabulary, has_lost_digits, normalise_text
 
 HELD_OUT_ONE_IN = 20  # one sentence in 20 is held out to measure the perplexity
 SENTENCES_PER_PASS = 20000  # encoded at once
@@ -263,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     V = len(Vocabulary(options.characters))
     check_options(options, V)
     excluded = read_excluded(options.exclude, options.exclude_split, options.characters)
+    transcripts = encode_transcripts(options, excluded)
     sentences = Sentences(options.texts, options.characters, options.split, options.weights, excluded)
     kept, held_out = encode_held_out(sentences, options.characters)
     sentences.check_kept()
@@ -275,26 +276,31 @@ def main(argv: list[str] | None = None) -> None:
         lines.append(("perplexity", f"{value:.3f} per character on {without}"))
     counts = list(itertools.starmap(merge_counts, zip(counts, count(held_out, V, options.order), strict=True)))
     model = LanguageModel(options.order, options.characters, estimate(counts, V, prune=options.prune), sentences.kept)
-    if options.subtract:
-        model, line = without_transcripts(model, options, excluded)
-        lines.append(line)
+    if transcripts is not None:
+        model, described = subtract_transcripts(model, transcripts, options.subtract_weight)
+        lines.append(("subtracted", described))
     save_lm(options.out, model)
     size = options.out.stat().st_size / 1e6
     lines += [("order", describe_order(model)), ("written", f"{options.out} ({size:.2f} MB)")]
     print("\n".join(f"{name:<12}{value}" for name, value in lines))
 
 
-def without_transcripts(
-    model: LanguageModel, options: argparse.Namespace, excluded: Excluded | None
-) -> tuple[LanguageModel, tuple[str, str]]:
-    """Subtract a model of the texts of --subtract; return the scores, and a line to print."""
-    V, order = len(Vocabulary(model.characters)), min(DEFAULT_ORDER, model.order)
-    sentences = Sentences(options.subtract, model.characters, options.split, excluded=excluded)
-    tokens = encode_sentences([text for text, _ in sentences], model.characters)
+def encode_transcripts(options: argparse.Namespace, excluded: Excluded | None) -> np.ndarray | None:
+    """Return the encoded sentences of --subtract; None if there are none."""
+    if not options.subtract:
+        return None
+    sentences = Sentences(options.subtract, options.characters, options.split, excluded=excluded)
+    tokens = encode_sentences([text for text, _ in sentences], options.characters)
     sentences.check_kept()
-    levels = subtract(model.levels, estimate(count_ngrams(tokens, V, order), V), options.subtract_weight, V)
-    line = f"{options.subtract_weight:g} times a model of order {order} of {sentences.kept} sentences"
-    return replace(model, levels=levels, subtracted=options.subtract_weight), ("subtracted", line)
+    return tokens
+
+
+def subtract_transcripts(model: LanguageModel, tokens: np.ndarray, weight: float) -> tuple[LanguageModel, str]:
+    """Subtract a model of encoded transcripts; return the scores, and a description of what was subtracted."""
+    V, order = len(Vocabulary(model.characters)), min(DEFAULT_ORDER, model.order)
+    levels = subtract(model.levels, estimate(count_ngrams(tokens, V, order), V), weight, V)
+    described = f"{weight:g} times a model of order {order} of {np.count_nonzero(tokens == SOS)} sentences"
+    return replace(model, levels=levels, subtracted=weight), described
 
 
 def check_options(options: argparse.Namespace, V: int) -> None:

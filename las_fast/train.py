@@ -29,6 +29,7 @@ from las_fast.training.adapt import (
     check_init,
     check_one_process,
     check_packages,
+    describe_warp,
     dev_splits,
     fit_features,
     fit_restarts,
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"data: {corpus.name}")
     config = check(fit_features(config, corpus, options.user_set))
     check_logmel(config.augment, config.features, corpus.kind)
+    describe_warp(config, corpus.kind)
     init = load_init(options, config, corpus)
     train_data, dev_data = load_data(config, corpus)
     source = {"kind": corpus.kind, "name": corpus.name}

@@ -75,6 +75,16 @@ def fit_features(config: Config, corpus: Corpus, user_set: Collection[str]) -> C
     return replace(config, features=replace(before, size=size, kind=kind))
 
 
+def describe_warp(config: Config, kind: str) -> None:
+    """Print what augment.warp takes the MFCC of an archive for. kind is that of the corpus."""
+    features = config.features
+    if config.augment.warp and kind == "features" and features.kind == "mfcc":
+        print(
+            f"augment.warp: the data is taken for MFCC of {features.mel_bins} mel filters, liftered with "
+            f"{features.lifter:g}; if that is wrong, set --features.mel-bins and --features.lifter (0: none)"
+        )
+
+
 def training_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
     """Return the names of the training splits; if --data names a split, print which splits are used."""
     named, root = corpus.named, corpus.root

@@ -74,7 +74,9 @@ def test_truncated_mfcc_are_warped_as_the_smooth_spectrum_that_they_describe(lif
     logmel = FeatureConfig(size=40)
     peak = torch.exp(-0.5 * ((torch.arange(40.0) - 15) / 5) ** 2)[None]  # smooth: the first 13 cepstra describe it
     expected = cepstra(warp_frequencies(peak, 0.9, logmel), mfcc)
-    torch.testing.assert_close(warp_frequencies(cepstra(peak, mfcc), 0.9, mfcc), expected, atol=0.1, rtol=0)
+    torch.testing.assert_close(
+        warp_frequencies(cepstra(peak, mfcc), 0.9, mfcc), expected, atol=0.01 + 0.004 * lifter, rtol=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,12 @@ def test_mfcc_cannot_be_warped_without_the_number_of_their_filters():
     for changed in ({"kind": "logmel"}, {"mel_bins": 28}):
         check(replace(config, features=replace(config.features, **changed)))
     check(replace(config, augment=AugmentConfig()))
+
+
+@pytest.mark.parametrize("lifter", [1e-310, 0.5])
+def test_a_lifter_is_0_or_at_least_1(lifter):
+    with pytest.raises(InputError, match="features.lifter must be 0 for none, or at least 1; got"):
+        check(Config(features=FeatureConfig(lifter=lifter)))
 
 
 def test_archives_of_mfcc_are_warped(tmp_path):

@@ -161,6 +161,12 @@ def test_a_weight_without_transcripts_is_an_error(tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_the_transcripts_are_read_before_the_text_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(lm, "encode_held_out", None)
+    with pytest.raises(InputError, match="gone.txt"):
+        make(tmp_path, "--subtract", str(tmp_path / "gone.txt"))
+
+
 def test_levels_hold_what_their_docstring_says():
     p, q = train(MUCH, order=3, characters=AB), train(random_texts(1), order=4, characters=AB)
     levels = subtract(p.levels, q.levels, 0.5, V)

@@ -68,6 +68,18 @@ def test_the_settings_are_checked_again_with_the_features_of_the_archive(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_warp_says_what_it_takes_the_archive_for(capsys):
+    config = load_config("an4")
+    warped = replace(config, augment=replace(config.augment, warp=0.1), features=replace(config.features, lifter=0.0))
+    logmel = replace(warped, features=replace(warped.features, kind="logmel"))
+    for unconcerned, kind in ((config, "features"), (warped, "audio"), (logmel, "features")):
+        adapt.describe_warp(unconcerned, kind)
+        assert capsys.readouterr().out == ""
+    adapt.describe_warp(warped, "features")
+    message = "augment.warp: the data is taken for MFCC of 23 mel filters, liftered with 0; if that is wrong, set "
+    assert capsys.readouterr().out.startswith(message)
+
+
 def test_a_training_with_another_feature_kind_of_the_same_archive_resumes(tmp_path, capsys):
     archive, out = make_archive(tmp_path, "S25", utterances=2), tmp_path / "run"
     train.main(arguments("hw4p2", archive, out, *TINY, "--features.size", "80", "--features.kind", "mfcc"))
