@@ -62,8 +62,8 @@ def measure(
     stored = load_lm(path)
     memory = 4e-6 * (model.rows.numel() + model.arcs.numel())
     # a difference of two models has no probabilities
-    bits = math.nan if stored.subtracted else bits_per_character(model, dataset.texts, loaded.vocabulary)
-    sizes = (round(path.stat().st_size / 1e6, 2), round(memory, 1), round(bits, 3))
+    bits = "" if stored.subtracted else round(bits_per_character(model, dataset.texts, loaded.vocabulary), 3)
+    sizes = (round(path.stat().st_size / 1e6, 2), round(memory, 1), bits)
     described = (path.name.removesuffix(".lm.safetensors"), stored.order, stored.ngrams, *sizes)
     for decoding, texts in zip(settings, decode_grid(loaded, dataset, settings, model, "cpu"), strict=True):
         for part, members in groups.items():
@@ -91,9 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     for lm in options.lm:
         rows = list(measure(loaded, dataset, lm, settings, groups))
         for name, order, ngrams, file_mb, _, bits, weight, part, _, cer in rows:
-            print(
-                f"{name} (order {order}, {ngrams} n-grams, {file_mb} MB, {bits} bits), {weight:g}, {part}: CER {cer}%"
-            )
+            size = f"order {order}, {ngrams} n-grams, {file_mb} MB{f', {bits} bits' if bits else ''}"
+            print(f"{name} ({size}), {weight:g}, {part}: CER {cer}%")
         if options.record:
             append_rows(FILE, COLUMNS, [(*labels, *row) for row in rows])
 

@@ -20,7 +20,7 @@ is to be tuned or tested on: it is one of its sentences, or has six words in a r
 
 --subtract names the transcripts that the recogniser was trained on: it has learned their language, so the search should
 not count it again. The file then holds log p(w | h) - weight * log q(w | h), with q a model of the transcripts (density
-ratio, McDermott et al. 2019). The best decoding.ngram_weight is about twice as high. The perplexity printed is p's.
+ratio, McDermott et al. 2019). The best decoding.ngram_weight is higher. The perplexity printed is p's.
 """
 
 from __future__ import annotations

@@ -550,6 +550,11 @@ def test_language_models_are_compared_by_bits_and_cer(tmp_path, monkeypatch, cap
         tokens = encode_sentences(texts, model.characters)
         assert float(row["bits"]) == pytest.approx(math.log2(perplexity(model.levels, tokens, 31)), abs=2e-3)
     assert rows[0]["cer"] == rows[4]["cer"], "a weight of 0 uses no model"
+    difference = str(tmp_path / "difference.lm.safetensors")
+    lm.main([str(tmp_path / "data"), "--subtract", str(tmp_path / "data"), "--order", "2", "--out", difference])
+    language_models.main([*data, "--lm", difference, "--ngram-weight", "0.4", "--record"])
+    row = read_rows(tmp_path / "language_models.csv")[-1]
+    assert (row["lm"], row["bits"]) == ("difference", "") and " bits" not in capsys.readouterr().out
     decode.main([*data, "--split", "dev", "--out", str(tmp_path / "out.csv"), "--device", "cpu", "--beam", "2", "--lm",
                  models[1], "--decoding.ngram-weight", "0.4"])  # fmt: skip
     assert float(rows[6]["cer"]) == pytest.approx(json.loads(capsys.readouterr().out.splitlines()[-1])["cer"], abs=6e-3)
