@@ -221,10 +221,8 @@ def _read_trie(tensor: Tensors, order: int, V: int, highest: float) -> tuple[Lev
             values[[PAD, SOS]] = FORBIDDEN_LOG_PROB
         else:
             _require(find(levels[-1].ngrams, ngrams % V ** (k - 1))[0].all())
-            weights, backoffs = (
-                _dequantise(backoffs[: len(contexts)], *scale[2:], highest=highest),
-                backoffs[len(contexts) :],
-            )
+            weights = _dequantise(backoffs[: len(contexts)], *scale[2:], highest=highest)
+            backoffs = backoffs[len(contexts) :]
         levels.append(Level(ngrams, values, contexts, weights))
         contexts = ngrams[nodes[begin:end] & 2 != 0]
     _require(not len(contexts))
