@@ -5,8 +5,9 @@
 // layout it reads: the same 4 bytes of depth of all columns are consecutive. A row of sums does not depend on the other
 // rows.
 //
-// A block is 32 rows by one panel: tiles 0 to 3 hold its sums, 4 and 5 rows, 6 and 7 weights. GCC's intrinsics do not
-// say which memory they read, so a barrier precedes them.
+// A block is 32 rows by one panel: tiles 0 to 3 hold its sums, 4 and 5 rows, 6 and 7 weights. A deep matmul adds up
+// parts of its depth, so that the weights of a part stay in the first-level cache for all blocks; its sums are added up
+// in the same order. GCC's intrinsics do not say which memory they read, so a barrier precedes them.
 
 #pragma once
 
@@ -48,6 +49,7 @@ constexpr int64_t AMX_ROWS = 16, AMX_BYTES = 64;         // a whole tile: its ro
 constexpr int64_t AMX_BLOCK = 2 * AMX_ROWS;              // rows of a block
 constexpr int64_t PANEL_STRIDE = 4 * COLUMNS;            // bytes from one row of a tile of weights to the next
 constexpr int64_t PANEL_STEP = AMX_ROWS * PANEL_STRIDE;  // bytes of a panel for one tile of depth
+constexpr int64_t MAX_PART = 10 * AMX_BYTES;             // bytes of depth of a part: 20 KiB of a panel
 
 // The operand of the instruction that sets the shapes of all tiles.
 struct alignas(64) TileShapes {
@@ -104,7 +106,6 @@ LAS_AMX LAS_INLINE void multiply_tiles() {
 // Multiply one tile of depth.
 template <class T, bool LOWER>
 LAS_AMX LAS_INLINE void multiply_depth(const char* rows, int64_t stride, const char* weights) {
-  for (int64_t i = 0; i < PANEL_STEP; i += CACHE_LINE) __builtin_prefetch(weights + 2 * PANEL_STEP + i);
   _tile_loadd(4, rows, stride);
   _tile_loadd(6, weights, PANEL_STRIDE);
   _tile_loadd(7, weights + AMX_BYTES, PANEL_STRIDE);
@@ -112,12 +113,18 @@ LAS_AMX LAS_INLINE void multiply_depth(const char* rows, int64_t stride, const c
   multiply_tiles<T, LOWER>();
 }
 
-// Compute the block of rows [row, row + count) and a panel of weights; `rest` holds the end of the panel, padded with
-// zeros. sums (count, COLUMNS) has 4-byte elements and rows that are `stride` bytes apart; the products are added to it
-// if `add`.
+// A part of the depth, in bytes, and of a panel of weights.
+struct DepthPart {
+  int64_t begin, end;  // of the whole tiles
+  const char* weights;
+  const char* rest;  // the last tile of weights, padded with zeros, if the part has one
+};
+
+// Multiply a block of rows, from `row` on, by a part of a panel. sums (count, COLUMNS) has 4-byte elements and rows
+// that are `stride` bytes apart; the products are added to it if `add`.
 template <class T, bool LOWER>
-LAS_AMX void multiply_block(const ByteRows& rows, int64_t row, const char* panel, const char* rest, char* sums,
-                            int64_t stride, bool add) {
+LAS_AMX void multiply_block(const ByteRows& rows, int64_t row, const DepthPart& part, char* sums, int64_t stride,
+                            bool add) {
   asm volatile("" : : : "memory");
   if (add) {
     _tile_loadd(0, sums, stride);
@@ -132,10 +139,10 @@ LAS_AMX void multiply_block(const ByteRows& rows, int64_t row, const char* panel
     _tile_zero(2);
     _tile_zero(3);
   }
-  const char* from = rows.data + row * rows.stride;
-  for (int64_t k = 0; k < rows.whole; k += AMX_BYTES, panel += PANEL_STEP)
-    multiply_depth<T, LOWER>(from + k, rows.stride, panel);
-  if (rows.rest) multiply_depth<T, LOWER>(rows.padded_rest.data() + row * AMX_BYTES, AMX_BYTES, rest);
+  const char *from = rows.data + row * rows.stride, *weights = part.weights;
+  for (int64_t k = part.begin; k < part.end; k += AMX_BYTES, weights += PANEL_STEP)
+    multiply_depth<T, LOWER>(from + k, rows.stride, weights);
+  if (part.rest) multiply_depth<T, LOWER>(rows.padded_rest.data() + row * AMX_BYTES, AMX_BYTES, part.rest);
   _tile_stored(0, sums, stride);
   _tile_stored(1, sums + AMX_BYTES, stride);
   if constexpr (LOWER) {
@@ -144,23 +151,31 @@ LAS_AMX void multiply_block(const ByteRows& rows, int64_t row, const char* panel
   }
 }
 
-// Call block(panel, row, count, multiply) for each panel and each block of rows, where multiply(sums, stride, add)
-// computes the sums of the block as multiply_block does. `panels`: the packed weights, (columns, depth).
+// Call block(column, row, count, first, multiply) for each panel, each part of the depth of at most `max_part` bytes
+// and each block of rows. `first`: the part is the first. multiply(sums, stride, add) computes the sums of the block as
+// multiply_block does. `panels`: the packed weights, (columns, depth).
 template <class T, class Block>
-LAS_AMX void for_each_block(const ByteRows& rows, const void* panels, int64_t columns, const Block& block) {
+LAS_AMX void for_each_block(const ByteRows& rows, const void* panels, int64_t columns, int64_t max_part,
+                            const Block& block) {
   const int64_t panel_bytes = (rows.whole + rows.rest) * COLUMNS;
+  const int64_t parts = std::max<int64_t>(1, padded(rows.whole, max_part) / max_part);
+  const int64_t part_bytes = padded(padded(rows.whole, parts) / parts, AMX_BYTES);
   alignas(CACHE_LINE) char rest[PANEL_STEP] = {};
   int64_t configured = 0;
   for (int64_t column = 0; column < columns; column += COLUMNS) {
     const char* panel = static_cast<const char*>(panels) + column / COLUMNS * panel_bytes;
     if (rows.rest) std::memcpy(rest, panel + rows.whole * COLUMNS, rows.rest * COLUMNS);
-    for (int64_t row = 0; row < rows.count; row += AMX_BLOCK) {
-      const int64_t count = std::min(AMX_BLOCK, rows.count - row);
-      if (count != configured) configure_tiles(configured = count);
-      block(column, row, count, [&](void* sums, int64_t stride, bool add) {
-        const auto run = count > AMX_ROWS ? multiply_block<T, true> : multiply_block<T, false>;
-        run(rows, row, panel, rest, static_cast<char*>(sums), stride, add);
-      });
+    for (int64_t i = 0, begin = 0; i < parts; ++i, begin += part_bytes) {
+      const int64_t end = std::min(begin + part_bytes, rows.whole);
+      const DepthPart part{begin, end, panel + begin * COLUMNS, rows.rest && i + 1 == parts ? rest : nullptr};
+      for (int64_t row = 0; row < rows.count; row += AMX_BLOCK) {
+        const int64_t count = std::min(AMX_BLOCK, rows.count - row);
+        if (count != configured) configure_tiles(configured = count);
+        block(column, row, count, i == 0, [&](void* sums, int64_t stride, bool add) {
+          const auto run = count > AMX_ROWS ? multiply_block<T, true> : multiply_block<T, false>;
+          run(rows, row, part, static_cast<char*>(sums), stride, add);
+        });
+      }
     }
   }
   _tile_release();

@@ -178,15 +178,18 @@ class BiLstmBackward {
                         bool accumulate, const DirectionGradients& to) const {
     const int64_t H = shape_.H;
     at::parallel_for(0, padded(4 * H) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
-      const AlignedArray<T> panel(COLUMNS * inputs.depth);
-      for (int64_t index = begin; index < end; ++index) {
-        const int64_t column = index * COLUMNS, count = std::min(COLUMNS, 4 * H - column);
-        pack_panel(gates, column, count, panel.data());
-        add_bias(gates, column, count, to.bias + column);
-        const auto rows = [&](const Matrix<float>& all) { return Matrix<float>{all.at(column), all.stride, count}; };
-        const PanelRows<T> outputs(panel.data(), count, inputs.depth);
-        transposed_matmul(outputs, inputs, accumulate, rows(to.input));
-        transposed_matmul(outputs, states, accumulate, rows(to.recurrent));
+      TransposedRows<T> outputs(inputs.depth);
+      while (begin < end) {
+        const int64_t first = begin * COLUMNS;
+        outputs.clear();
+        for (int64_t i = 0; i < outputs.capacity && begin < end; ++i, ++begin) {
+          const int64_t column = begin * COLUMNS, count = std::min(COLUMNS, 4 * H - column);
+          pack_panel(gates, column, count, outputs.scratch());
+          add_bias(gates, column, count, to.bias + column);
+          outputs.append(count);
+        }
+        outputs.multiply(inputs, accumulate, {to.input.at(first), to.input.stride, to.input.count - first});
+        outputs.multiply(states, accumulate, {to.recurrent.at(first), to.recurrent.stride, to.recurrent.count - first});
       }
     });
   }

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "amx.h"
 #include "memory.h"
@@ -44,36 +45,13 @@ struct Panels {
   const T* at(int64_t column) const { return data + column * depth; }
 };
 
-// Unpack a panel of bfloat16 (depth / 2, COLUMNS, 2) as rows (COLUMNS, depth).
-inline RowBuffer<c10::BFloat16> unpack(const c10::BFloat16* panel, int64_t depth) {
-  RowBuffer<c10::BFloat16> rows(COLUMNS, depth);
-  dispatch_width([&](auto width) __attribute__((always_inline)) {
-    constexpr int W = width;  // pairs of k, and columns, at a time
-    for (int64_t k = 0; k < depth; k += 2 * W)
-      for (int64_t i = 0; i < COLUMNS; i += W) {
-        Float<W> pairs[W]{};
-        for (int64_t j = 0; j < W && k + 2 * j < depth; ++j)
-          std::memcpy(&pairs[j], panel + (k + 2 * j) * COLUMNS + 2 * i, sizeof pairs[j]);
-        transpose<W>(pairs);
-        for (int64_t j = 0; j < W; ++j) std::memcpy(rows.at(i + j) + k, &pairs[j], sizeof pairs[j]);
-      }
-  });
-  return rows;
-}
-
-// A panel of a packed matrix A (depth, count), whose columns serve as the rows of a matmul. With panels of B (depth,
-// columns), the product is A^T B, as in the gradient of a weight. AMX needs these rows unpacked.
+// The columns of a panel (depth, count) as the rows of a matmul.
 template <class T>
 struct PanelRows {
-  PanelRows(const T* panel, int64_t count, int64_t depth) : data(panel), count(count) {
-    if constexpr (!std::is_same_v<T, float>)
-      if (has_tiles()) unpacked = unpack(panel, depth);
-  }
   const T* at(int64_t row, int64_t k) const { return data + k * COLUMNS + row * DEPTH_INTERLEAVE<T>; }
 
   const T* data;
   int64_t count;
-  RowBuffer<T> unpacked;  // (COLUMNS, depth) for AMX, else empty
 };
 
 // The position in the rows of a tile at depth k. One pointer serves three rows: the processor's addressing modes add
@@ -275,27 +253,17 @@ void portable_matmul(const RowSource& rows, const Weights& weights, InitialSums 
 }
 
 #ifdef LAS_AMX
-template <class T>
-ByteRows byte_rows(const Matrix<T>& rows, int64_t depth) {
-  return {rows.data, rows.stride * int64_t(sizeof(T)), rows.count, depth * int64_t(sizeof(T))};
-}
-
-template <class T>
-ByteRows byte_rows(const PanelRows<T>& rows, int64_t depth) {
-  return byte_rows(rows.unpacked.rows(rows.count), depth);
-}
-
-template <class RowSource>
-LAS_AMX void matmul_amx(const RowSource& rows, const Panels<c10::BFloat16>& weights, InitialSums initial,
-                        const Matrix<float>& out) {
-  const ByteRows bytes = byte_rows(rows, weights.depth);
-  for_each_block<c10::BFloat16>(
-      bytes, weights.data, weights.columns, [&](int64_t column, int64_t row, int64_t count, const auto& multiply) {
-        for (int64_t i = 0; initial && i < count; ++i)
-          if (initial[row + i] != out.at(row + i))
-            std::copy_n(initial[row + i] + column, COLUMNS, out.at(row + i, column));
-        multiply(out.at(row, column), out.stride * int64_t(sizeof(float)), initial != nullptr);
-      });
+LAS_AMX inline void matmul_amx(const Matrix<const c10::BFloat16>& rows, const Panels<c10::BFloat16>& weights,
+                               InitialSums initial, const Matrix<float>& out) {
+  constexpr int64_t SIZE = sizeof(c10::BFloat16);
+  const ByteRows bytes(rows.data, rows.stride * SIZE, rows.count, weights.depth * SIZE);
+  for_each_block<c10::BFloat16>(bytes, weights.data, weights.columns, MAX_PART,
+                                [&](int64_t column, int64_t row, int64_t count, bool first, const auto& multiply) {
+    for (int64_t i = 0; first && initial && i < count; ++i)
+      if (initial[row + i] != out.at(row + i))
+        std::copy_n(initial[row + i] + column, COLUMNS, out.at(row + i, column));
+    multiply(out.at(row, column), out.stride * int64_t(sizeof(float)), initial || !first);
+  });
 }
 #endif
 
@@ -304,7 +272,7 @@ LAS_AMX void matmul_amx(const RowSource& rows, const Panels<c10::BFloat16>& weig
 template <class RowSource, class T>
 void matmul(const RowSource& rows, const Panels<T>& weights, InitialSums initial, const Matrix<float>& out) {
 #ifdef LAS_AMX
-  if constexpr (!std::is_same_v<T, float>)
+  if constexpr (!std::is_same_v<T, float> && !std::is_same_v<RowSource, PanelRows<T>>)
     if (has_tiles()) return matmul_amx(rows, weights, initial, out);
 #endif
 #ifdef LAS_BF16_DOTS
@@ -321,13 +289,64 @@ void matmul(const RowSource& rows, const Panels<T>& weights, InitialSums initial
   portable_matmul(rows, weights, initial, out);
 }
 
-// Some rows of a weight's gradient: out (outputs, inputs) = outputs^T inputs, added to `out` if `accumulate`.
-template <class T>
-void transposed_matmul(const PanelRows<T>& outputs, const Panels<T>& inputs, bool accumulate,
-                       const Matrix<float>& out) {
-  const float* initial[COLUMNS];
-  for (int64_t i = 0; i < outputs.count; ++i) initial[i] = out.at(i);
-  matmul(outputs, inputs, accumulate ? initial : nullptr, out);
+// Unpack a panel of bfloat16 (depth / 2, COLUMNS, 2) to the rows (COLUMNS, depth) from `row` on.
+inline void unpack(const c10::BFloat16* panel, int64_t depth, const RowBuffer<c10::BFloat16>& rows, int64_t row) {
+  dispatch_width([&](auto width) __attribute__((always_inline)) {
+    constexpr int W = width;  // pairs of k, and columns, at a time
+    for (int64_t k = 0; k < depth; k += 2 * W)
+      for (int64_t i = 0; i < COLUMNS; i += W) {
+        Float<W> pairs[W]{};
+        for (int64_t j = 0; j < W && k + 2 * j < depth; ++j)
+          std::memcpy(&pairs[j], panel + (k + 2 * j) * COLUMNS + 2 * i, sizeof pairs[j]);
+        transpose<W>(pairs);
+        for (int64_t j = 0; j < W; ++j) std::memcpy(rows.at(row + i + j) + k, &pairs[j], sizeof pairs[j]);
+      }
+  });
 }
+
+// Some panels of a matrix A (depth, columns), whose columns serve as the rows of matmuls. With panels of B (depth,
+// columns), the product is A^T B, as in the gradient of a weight. With AMX, a matmul takes several panels of A,
+// unpacked: for one panel, reading B would take most of the time.
+template <class T>
+class TransposedRows {
+ public:
+  // The number of panels that should be multiplied at once.
+  static int64_t best_count() { return uses_tiles() ? 8 : 1; }
+
+  // `capacity`: a number of panels, at most best_count().
+  explicit TransposedRows(int64_t depth, int64_t capacity = best_count())
+      : capacity(capacity), depth_(depth), panel_(COLUMNS * depth),
+        unpacked_(uses_tiles() ? capacity * COLUMNS : 0, depth) {}
+
+  T* scratch() const { return panel_.data(); }  // room for a panel
+
+  // Begin with no rows again.
+  void clear() { count_ = 0; }
+
+  // Append the columns of the panel in the scratch, `count` of them; only the last panel may have less than COLUMNS.
+  void append(int64_t count) {
+    if constexpr (!std::is_same_v<T, float>)
+      if (unpacked_.count) unpack(panel_.data(), depth_, unpacked_, count_);
+    count_ += count;
+  }
+
+  // Compute out (rows, inputs.columns), or add the products to it if `accumulate`.
+  void multiply(const Panels<T>& inputs, bool accumulate, const Matrix<float>& out) const {
+    std::vector<const float*> initial(accumulate ? count_ : 0);
+    for (size_t i = 0; i < initial.size(); ++i) initial[i] = out.at(int64_t(i));
+    const InitialSums sums = accumulate ? initial.data() : nullptr;
+    if (unpacked_.count) matmul(unpacked_.rows(count_), inputs, sums, out);
+    else matmul(PanelRows<T>{panel_.data(), count_}, inputs, sums, out);
+  }
+
+  const int64_t capacity;
+
+ private:
+  static bool uses_tiles() { return !std::is_same_v<T, float> && has_tiles(); }
+
+  int64_t depth_, count_ = 0;
+  AlignedArray<T> panel_;
+  RowBuffer<T> unpacked_;  // (capacity * COLUMNS, depth), empty without AMX
+};
 
 }  // namespace las

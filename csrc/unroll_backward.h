@@ -51,15 +51,20 @@ struct TransposedLayers {
   }
 };
 
-// Compute COLUMNS rows, from panel * COLUMNS on, of out (count, inputs.columns) = outputs (rows, count)^T inputs, and
-// add them to `out` if `accumulate`. `scratch` has room for a packed panel.
+// Compute rows of out (count, inputs.columns) = outputs (rows, count)^T inputs, those of `panels` panels from `panel`
+// on, and add them to `out` if `accumulate`.
 template <class T>
-void weight_gradient_panel(const Matrix<T>& outputs, int64_t count, int64_t panel, const Panels<T>& inputs,
-                           int64_t rows, bool accumulate, T* scratch, const Matrix<float>& out) {
-  const int64_t from = panel * COLUMNS, columns = std::min(COLUMNS, count - from);
-  las::pack(static_cast<const T*>(outputs.at(0, from)), 1, outputs.stride, columns, rows, scratch);
-  const PanelRows<T> outputs_panel(scratch, columns, inputs.depth);
-  transposed_matmul(outputs_panel, inputs, accumulate, Matrix<float>{out.at(from), out.stride, columns});
+void weight_gradient_rows(TransposedRows<T>& transposed, const Matrix<T>& outputs, int64_t count, int64_t panel,
+                          int64_t panels, const Panels<T>& inputs, int64_t rows, bool accumulate,
+                          const Matrix<float>& out) {
+  const int64_t from = panel * COLUMNS, end = std::min(from + panels * COLUMNS, count);
+  transposed.clear();
+  for (int64_t column = from; column < end; column += COLUMNS) {
+    const int64_t columns = std::min(COLUMNS, end - column);
+    las::pack(static_cast<const T*>(outputs.at(0, column)), 1, outputs.stride, columns, rows, transposed.scratch());
+    transposed.append(columns);
+  }
+  transposed.multiply(inputs, accumulate, {out.at(from), out.stride, end - from});
 }
 
 // The gradient of a layer's weights: its output gradients (rows, output_size)^T times its inputs (rows, input_size).
@@ -117,21 +122,29 @@ struct UnrollBackward {
     return {gradients.data() + (u % steps * shape.B + b) * layout.gradients + offset, layout.gradients, count};
   }
 
-  // A task of a block: to pack a panel of a weight gradient's inputs, or to compute a panel of its rows. Threads take
-  // the tasks from a common queue, first those of packing.
+  // A task of a block: to pack a panel of a weight gradient's inputs, or to compute the rows of some panels. Threads
+  // take the tasks from a common queue, first those of packing.
   struct Task {
-    size_t index;  // of the weight gradient
-    int64_t panel;
+    size_t index;   // of the weight gradient
+    int64_t panel;  // the first
   };
+
+  // The number of panels per task of computing: fewer with many threads, so that all have work.
+  static int64_t panels_per_task(const std::vector<WeightGradient>& weight_gradients) {
+    int64_t panels = 0;
+    for (const WeightGradient& weights : weight_gradients) panels += padded(weights.output_size) / COLUMNS;
+    return std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, TransposedRows<T>::best_count());
+  }
 
   void run(const std::vector<WeightGradient>& weight_gradients) {
     std::vector<AlignedArray<T>> packed;
     std::vector<Task> packing, multiplying;
+    const int64_t panels = panels_per_task(weight_gradients);
     for (size_t index = 0; index < weight_gradients.size(); ++index) {
       const WeightGradient& weights = weight_gradients[index];
       packed.emplace_back(packed_size<T>(weights.input_size, steps * shape.B));
       for (int64_t i = 0; i < padded(weights.input_size) / COLUMNS; ++i) packing.push_back({index, i});
-      for (int64_t i = 0; i < padded(weights.output_size) / COLUMNS; ++i) multiplying.push_back({index, i});
+      for (int64_t i = 0; i < padded(weights.output_size) / COLUMNS; i += panels) multiplying.push_back({index, i});
     }
     for (int64_t end = shape.U, begin; end > 0; end = begin) {
       begin = (end - 1) / steps * steps;
@@ -150,13 +163,13 @@ struct UnrollBackward {
       });
       next = 0;
       at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-        AlignedArray<T> scratch(packed_size<T>(COLUMNS, rows));
+        TransposedRows<T> transposed(depth, panels);
         for (size_t i; (i = next++) < multiplying.size();) {
           const auto [index, panel] = multiplying[i];
           const WeightGradient& weights = weight_gradients[index];
           const Panels<T> inputs{packed[index].data(), weights.input_size, depth};
-          weight_gradient_panel(gradient(weights.output_offset, begin, 0, rows), weights.output_size, panel, inputs,
-                                rows, end < shape.U, scratch.data(), weights.out);
+          weight_gradient_rows(transposed, gradient(weights.output_offset, begin, 0, rows), weights.output_size, panel,
+                               panels, inputs, rows, end < shape.U, weights.out);
         }
       });
       sum_gradients(begin, end);
@@ -301,11 +314,13 @@ struct UnrollBackward {
       initial[v] = embedding.at(v);
     }
     matmul(summed.rows(V), layers.token.panels, initial.data(), embedding);
-    AlignedArray<T> packed(packed_size<T>(M, V)), scratch(packed_size<T>(COLUMNS, V));
+    AlignedArray<T> packed(packed_size<T>(M, V));
     const Panels<T> inputs = las::pack(static_cast<const T*>(embedded.at(0)), 1, embedded.stride, M, V, packed.data());
     ZeroedBuffer<> token_columns(size, M);
-    for (int64_t i = 0; i < padded(size) / COLUMNS; ++i)
-      weight_gradient_panel(summed.rows(V), size, i, inputs, V, false, scratch.data(), token_columns.rows(size));
+    TransposedRows<T> transposed(inputs.depth);
+    for (int64_t i = 0; i < padded(size) / COLUMNS; i += transposed.capacity)
+      weight_gradient_rows(transposed, summed.rows(V), size, i, transposed.capacity, inputs, V, false,
+                           token_columns.rows(size));
     for (int64_t i = 0; i < size; ++i) std::copy_n(token_columns.at(i), M, gates.at(i));
   }
 

@@ -24,6 +24,7 @@ SIZES = [  # B, T, I, H
     (33, 3, 98, 15),
     (7, 190, 6, 10),
     (2, 3, 1057, 8),
+    (3, 20, 33, 70),
 ]
 NAMES = ["output", "x", *(f"{name}{way}" for way in ("", " backwards") for name in ("w_ih", "w_hh", "b_ih", "b_hh"))]
 per_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
