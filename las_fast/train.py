@@ -260,9 +260,11 @@ def print_summary(trainer: Trainer) -> None:
     """Print the size of the model, the batches, the steps and, if cores are unused, the threads."""
     import torch
 
+    from las_fast.data.batching import TRAINING_FRAME_MULTIPLE
+
     parameters = sum(p.numel() for p in trainer.model.parameters())
     last = trainer.curriculum.batches_of(trainer.config.training.epochs - 1)
-    padding = 100 * last.padding_share(0)
+    padding = 100 * last.padding_share(0, frame_multiple=TRAINING_FRAME_MULTIPLE)
     precision = str(trainer.precision).removeprefix("torch.")
     print(
         f"model: {parameters / 1e6:.1f} M parameters, {precision} on {trainer.device}; "

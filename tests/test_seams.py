@@ -261,7 +261,8 @@ def test_a_training_prints_its_size_batches_and_threads(archive, tmp_path, monke
         train.print_summary(trainer)
         printed = capsys.readouterr().out
         size = f"model: {parameters / 1e6:.1f} M parameters, float32 on cpu"
-        batches = f"3 batches per epoch, {100 * trainer.curriculum.batches_of(1).padding_share(0):.1f}% padding"
+        padding = 100 * trainer.curriculum.batches_of(1).padding_share(0, frame_multiple=32)
+        batches = f"3 batches per epoch, {padding:.1f}% padding"
         assert printed.startswith(f"{size}; {batches}; from step 2 to 6\n")
         assert ("\nthreads: 3 of 4 cores; if the others are idle" in printed) == ("threads:" in printed) == more
     trainer.device = torch.device("cuda")

@@ -16,7 +16,7 @@ from las_fast import checkpoint
 from las_fast.checkpoint import AVERAGED, BEST, LAST
 from las_fast.config import Config
 from las_fast.data.augment import Augment
-from las_fast.data.batching import Batch, make_loader, plan_curriculum
+from las_fast.data.batching import TRAINING_FRAME_MULTIPLE, Batch, make_loader, plan_curriculum
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
 from las_fast.errors import InputError, explain_error, is_out_of_memory
@@ -164,6 +164,7 @@ class Trainer(Learner):
             epoch=epoch,
             start=start,
             workers=self.config.data.workers,
+            frame_multiple=TRAINING_FRAME_MULTIPLE,
             poll=self.stop.check,
         )
 

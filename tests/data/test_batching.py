@@ -81,6 +81,17 @@ def test_at_most_a_tenth_is_padding():
     assert max(batches.padding_share(epoch) for epoch in range(4)) <= 0.1
     assert padding_share([2, 4], [[0, 1]]) == 0.25
     assert padding_share([2, 4, 3], [[0, 1], [2]]) == pytest.approx(2 / 11) and padding_share([], []) == 0.0
+    assert padding_share([2, 4, 3], [[0, 1], [2]], frame_multiple=3) == pytest.approx(6 / 15)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 32])
+def test_frames_are_padded_with_zeros_to_a_multiple(dataset, multiple):
+    batches = [[0, 1], [2], [3, 4, 5]]
+    for padded, plain in zip(load(dataset, batches, frame_multiple=multiple), load(dataset, batches), strict=True):
+        frames, longest = padded.features.shape[1], int(plain.feature_lengths.max())
+        assert frames % multiple == 0 and longest <= frames < longest + multiple
+        assert torch.equal(padded.features[:, :longest], plain.features) and not padded.features[:, longest:].any()
+        assert torch.equal(padded.feature_lengths, plain.feature_lengths)
 
 
 @pytest.mark.parametrize("speed", [0.0, 0.1])

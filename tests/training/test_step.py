@@ -116,6 +116,12 @@ def assert_equal(actual, expected):
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y or x != x for x, y in leaves)
 
 
+def test_frames_of_training_batches_are_a_multiple_of_32(archive, tmp_path):
+    trainer = make_trainer(archive, tmp_path, small())
+    batches = list(trainer._rest_of_epoch())
+    assert batches and all(batch.features.shape[1] % 32 == 0 for batch in batches)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_steps_that_are_read_late_train_the_same_and_skip_the_same(archive, tmp_path, precision):
     training = replace(small().training, precision=precision, ema_decay=0.9, clip_norm=1.0)
