@@ -122,7 +122,7 @@ def spelling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_source(options: argparse.Namespace) -> None:
-    """Raise InputError unless the options name either a recording or an utterance of some data."""
+    """Raise InputError unless the options name a recording or an utterance, and one source of the text."""
     named = [options.data, options.utterance]
     if options.file is None and None in named:
         raise InputError("give a recording, or an utterance of an archive by --data ROOT --utterance ID")
@@ -131,6 +131,8 @@ def check_source(options: argparse.Namespace) -> None:
             f"--data, --split and --utterance name an utterance, but the recording {show(options.file)} "
             "is given too; give one of them"
         )
+    if options.text is not None and (options.beam is not None or options.beam_threshold is not None):
+        raise InputError("--beam and --beam-threshold are for a text that the model recognises, but --text gives one")
 
 
 def check_span(start: float, end: float | None) -> None:
