@@ -5,9 +5,10 @@
 // layout it reads: the same 4 bytes of depth of all columns are consecutive. A row of sums does not depend on the other
 // rows.
 //
-// A block is 32 rows by one panel: tiles 0 to 3 hold its sums, 4 and 5 rows, 6 and 7 weights. A deep matmul adds up
-// parts of its depth, so that the weights of a part stay in the first-level cache for all blocks; its sums are added up
-// in the same order. GCC's intrinsics do not say which memory they read, so a barrier precedes them.
+// A block is 32 rows by one panel: tiles 0 to 3 hold its sums, 4 and 5 rows, 6 and 7 weights. A deep matmul is done in
+// parts of its depth: the weights of a part stay in the first-level cache while all blocks use them. Between parts, the
+// sums are in memory; their order does not change. GCC's intrinsics do not say which memory they read, so a barrier
+// precedes them.
 
 #pragma once
 
@@ -113,11 +114,11 @@ LAS_AMX LAS_INLINE void multiply_depth(const char* rows, int64_t stride, const c
   multiply_tiles<T, LOWER>();
 }
 
-// A part of the depth, in bytes, and of a panel of weights.
+// A part of the depth of a panel.
 struct DepthPart {
-  int64_t begin, end;  // of the whole tiles
-  const char* weights;
-  const char* rest;  // the last tile of weights, padded with zeros, if the part has one
+  int64_t begin, end;   // bytes of depth, whole tiles only
+  const char* weights;  // of the panel, at `begin`
+  const char* rest;     // the incomplete last tile of weights, padded with zeros; null except in the last part
 };
 
 // Multiply a block of rows, from `row` on, by a part of a panel. sums (count, COLUMNS) has 4-byte elements and rows
@@ -151,15 +152,15 @@ LAS_AMX void multiply_block(const ByteRows& rows, int64_t row, const DepthPart& 
   }
 }
 
-// Call block(column, row, count, first, multiply) for each panel, each part of the depth of at most `max_part` bytes
-// and each block of rows. `first`: the part is the first. multiply(sums, stride, add) computes the sums of the block as
-// multiply_block does. `panels`: the packed weights, (columns, depth).
+// Call block(column, row, count, first, multiply) for each panel, each part of the depth and each block of rows.
+// `first`: the part is the first. multiply(sums, stride, add) computes the sums of the block as multiply_block does.
+// `panels`: the packed weights, (columns, depth).
 template <class T, class Block>
-LAS_AMX void for_each_block(const ByteRows& rows, const void* panels, int64_t columns, int64_t max_part,
-                            const Block& block) {
+LAS_AMX void for_each_block(const ByteRows& rows, const void* panels, int64_t columns, const Block& block) {
   const int64_t panel_bytes = (rows.whole + rows.rest) * COLUMNS;
-  const int64_t parts = std::max<int64_t>(1, padded(rows.whole, max_part) / max_part);
-  const int64_t part_bytes = padded(padded(rows.whole, parts) / parts, AMX_BYTES);
+  // int8 has one part: its sums are scaled as soon as a block is done.
+  const int64_t parts = std::is_same_v<T, int8_t> ? 1 : std::max<int64_t>(1, padded(rows.whole, MAX_PART) / MAX_PART);
+  const int64_t part_bytes = padded(rows.whole, parts * AMX_BYTES) / parts;
   alignas(CACHE_LINE) char rest[PANEL_STEP] = {};
   int64_t configured = 0;
   for (int64_t column = 0; column < columns; column += COLUMNS) {

@@ -178,16 +178,13 @@ class BiLstmBackward {
                         bool accumulate, const DirectionGradients& to) const {
     const int64_t H = shape_.H;
     at::parallel_for(0, padded(4 * H) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
-      TransposedRows<T> outputs(inputs.depth);
-      while (begin < end) {
-        const int64_t first = begin * COLUMNS;
-        outputs.clear();
-        for (int64_t i = 0; i < outputs.capacity && begin < end; ++i, ++begin) {
-          const int64_t column = begin * COLUMNS, count = std::min(COLUMNS, 4 * H - column);
-          pack_panel(gates, column, count, outputs.scratch());
+      TransposedRows<T> outputs(inputs.depth, std::min(end - begin, TransposedRows<T>::max_panels()));
+      for (int64_t index = begin; index < end; index += outputs.panels) {
+        const int64_t first = index * COLUMNS, last = std::min(index + outputs.panels, end) * COLUMNS;
+        outputs.assign(first, std::min(last, 4 * H), [&](int64_t column, int64_t count, T* panel) {
+          pack_panel(gates, column, count, panel);
           add_bias(gates, column, count, to.bias + column);
-          outputs.append(count);
-        }
+        });
         outputs.multiply(inputs, accumulate, {to.input.at(first), to.input.stride, to.input.count - first});
         outputs.multiply(states, accumulate, {to.recurrent.at(first), to.recurrent.stride, to.recurrent.count - first});
       }

@@ -171,13 +171,14 @@ LAS_AMX inline void matmul_amx(const Int8Rows& rows, const Int8Panels& weights, 
                                const Matrix<float>& out) {
   const ByteRows bytes(rows.data, rows.stride, rows.count, weights.depth);
   alignas(CACHE_LINE) int32_t sums[AMX_BLOCK][COLUMNS];
-  for_each_block<int8_t>(bytes, weights.data, weights.columns, std::max(weights.depth, AMX_BYTES),
-                         [&](int64_t column, int64_t row, int64_t count, bool, const auto& multiply) {
-    multiply(sums, sizeof sums[0], false);
-    for (int64_t i = 0; i < count; ++i)
-      scale_sums(sums[i], weights, column, rows.scales[row + i], initial ? initial[row + i] + column : nullptr,
-                 out.at(row + i, column));
-  });
+  for_each_block<int8_t>(
+      bytes, weights.data, weights.columns,
+      [&](int64_t column, int64_t row, int64_t count, bool, const auto& multiply) {
+        multiply(sums, sizeof sums[0], false);
+        for (int64_t i = 0; i < count; ++i)
+          scale_sums(sums[i], weights, column, rows.scales[row + i], initial ? initial[row + i] + column : nullptr,
+                     out.at(row + i, column));
+      });
 }
 #endif
 

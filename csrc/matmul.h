@@ -2,9 +2,9 @@
 //
 //   out[m, n] = initial[m][n] + sum over k of rows[m, k] * weights[n, k]
 //
-// Weights are stored in panels of 32 columns n. A tile of rows keeps its sums in registers and reads a panel from front
-// to back. Each sum is added up in the order of k, whatever the other rows are: a row has the same result alone and in
-// any batch.
+// Weights are stored in panels of 32 columns n. A tile of rows keeps its sums in registers (with AMX, for a part of the
+// depth) and reads a panel from front to back. Each sum is added up in the order of k, whatever the other rows are: a
+// row has the same result alone and in any batch.
 //
 // Weights and rows are float32 or bfloat16, sums float32. Panels of bfloat16 interleave pairs of k for the processor's
 // dot products: AMX tiles (amx.h) or AVX-512 vectors. Without these they are widened to float32 in registers; reading
@@ -45,7 +45,7 @@ struct Panels {
   const T* at(int64_t column) const { return data + column * depth; }
 };
 
-// The columns of a panel (depth, count) as the rows of a matmul.
+// The columns of a packed panel (depth, count) as the rows of a matmul without AMX.
 template <class T>
 struct PanelRows {
   const T* at(int64_t row, int64_t k) const { return data + k * COLUMNS + row * DEPTH_INTERLEAVE<T>; }
@@ -257,13 +257,14 @@ LAS_AMX inline void matmul_amx(const Matrix<const c10::BFloat16>& rows, const Pa
                                InitialSums initial, const Matrix<float>& out) {
   constexpr int64_t SIZE = sizeof(c10::BFloat16);
   const ByteRows bytes(rows.data, rows.stride * SIZE, rows.count, weights.depth * SIZE);
-  for_each_block<c10::BFloat16>(bytes, weights.data, weights.columns, MAX_PART,
-                                [&](int64_t column, int64_t row, int64_t count, bool first, const auto& multiply) {
-    for (int64_t i = 0; first && initial && i < count; ++i)
-      if (initial[row + i] != out.at(row + i))
-        std::copy_n(initial[row + i] + column, COLUMNS, out.at(row + i, column));
-    multiply(out.at(row, column), out.stride * int64_t(sizeof(float)), initial || !first);
-  });
+  for_each_block<c10::BFloat16>(
+      bytes, weights.data, weights.columns,
+      [&](int64_t column, int64_t row, int64_t count, bool first, const auto& multiply) {
+        for (int64_t i = 0; first && initial && i < count; ++i)
+          if (initial[row + i] != out.at(row + i))
+            std::copy_n(initial[row + i] + column, COLUMNS, out.at(row + i, column));
+        multiply(out.at(row, column), out.stride * int64_t(sizeof(float)), initial || !first);
+      });
 }
 #endif
 
@@ -310,24 +311,22 @@ inline void unpack(const c10::BFloat16* panel, int64_t depth, const RowBuffer<c1
 template <class T>
 class TransposedRows {
  public:
-  // The number of panels that should be multiplied at once.
-  static int64_t best_count() { return uses_tiles() ? 8 : 1; }
+  // Panels per matmul: without AMX, one.
+  static int64_t max_panels() { return uses_tiles() ? 8 : 1; }
 
-  // `capacity`: a number of panels, at most best_count().
-  explicit TransposedRows(int64_t depth, int64_t capacity = best_count())
-      : capacity(capacity), depth_(depth), panel_(COLUMNS * depth),
-        unpacked_(uses_tiles() ? capacity * COLUMNS : 0, depth) {}
+  // `panels`: room for so many, at most max_panels().
+  TransposedRows(int64_t depth, int64_t panels)
+      : panels(panels), depth_(depth), panel_(COLUMNS * depth), unpacked_(uses_tiles() ? panels * COLUMNS : 0, depth) {}
 
-  T* scratch() const { return panel_.data(); }  // room for a panel
-
-  // Begin with no rows again.
-  void clear() { count_ = 0; }
-
-  // Append the columns of the panel in the scratch, `count` of them; only the last panel may have less than COLUMNS.
-  void append(int64_t count) {
-    if constexpr (!std::is_same_v<T, float>)
-      if (unpacked_.count) unpack(panel_.data(), depth_, unpacked_, count_);
-    count_ += count;
+  // Take the columns [begin, end) of A, at most `panels` panels. pack(column, count, to) packs a panel of them.
+  template <class Pack>
+  void assign(int64_t begin, int64_t end, const Pack& pack) {
+    count_ = end - begin;
+    for (int64_t i = 0; i < count_; i += COLUMNS) {
+      pack(begin + i, std::min(COLUMNS, count_ - i), panel_.data());
+      if constexpr (!std::is_same_v<T, float>)
+        if (unpacked_.count) unpack(panel_.data(), depth_, unpacked_, i);
+    }
   }
 
   // Compute out (rows, inputs.columns), or add the products to it if `accumulate`.
@@ -339,14 +338,14 @@ class TransposedRows {
     else matmul(PanelRows<T>{panel_.data(), count_}, inputs, sums, out);
   }
 
-  const int64_t capacity;
+  const int64_t panels;
 
  private:
   static bool uses_tiles() { return !std::is_same_v<T, float> && has_tiles(); }
 
   int64_t depth_, count_ = 0;
   AlignedArray<T> panel_;
-  RowBuffer<T> unpacked_;  // (capacity * COLUMNS, depth), empty without AMX
+  RowBuffer<T> unpacked_;  // (panels * COLUMNS, depth), empty without AMX
 };
 
 }  // namespace las

@@ -51,19 +51,15 @@ struct TransposedLayers {
   }
 };
 
-// Compute rows of out (count, inputs.columns) = outputs (rows, count)^T inputs, those of `panels` panels from `panel`
-// on, and add them to `out` if `accumulate`.
+// Compute the rows of some panels, from number `panel` on, of out (count, inputs.columns) = outputs (rows, count)^T
+// inputs; add to `out` if `accumulate`. The number of panels is that of `transposed`.
 template <class T>
 void weight_gradient_rows(TransposedRows<T>& transposed, const Matrix<T>& outputs, int64_t count, int64_t panel,
-                          int64_t panels, const Panels<T>& inputs, int64_t rows, bool accumulate,
-                          const Matrix<float>& out) {
-  const int64_t from = panel * COLUMNS, end = std::min(from + panels * COLUMNS, count);
-  transposed.clear();
-  for (int64_t column = from; column < end; column += COLUMNS) {
-    const int64_t columns = std::min(COLUMNS, end - column);
-    las::pack(static_cast<const T*>(outputs.at(0, column)), 1, outputs.stride, columns, rows, transposed.scratch());
-    transposed.append(columns);
-  }
+                          const Panels<T>& inputs, int64_t rows, bool accumulate, const Matrix<float>& out) {
+  const int64_t from = panel * COLUMNS, end = std::min(from + transposed.panels * COLUMNS, count);
+  transposed.assign(from, end, [&](int64_t column, int64_t columns, T* to) {
+    las::pack(static_cast<const T*>(outputs.at(0, column)), 1, outputs.stride, columns, rows, to);
+  });
   transposed.multiply(inputs, accumulate, {out.at(from), out.stride, end - from});
 }
 
@@ -122,18 +118,18 @@ struct UnrollBackward {
     return {gradients.data() + (u % steps * shape.B + b) * layout.gradients + offset, layout.gradients, count};
   }
 
-  // A task of a block: to pack a panel of a weight gradient's inputs, or to compute the rows of some panels. Threads
-  // take the tasks from a common queue, first those of packing.
+  // A task of a block: to pack a panel of a weight gradient's inputs, or to compute the rows of some panels of a weight
+  // gradient. Threads take the tasks from a common queue, first those of packing.
   struct Task {
     size_t index;   // of the weight gradient
     int64_t panel;  // the first
   };
 
-  // The number of panels per task of computing: fewer with many threads, so that all have work.
+  // Panels per task of computing, so few that each thread has about four tasks.
   static int64_t panels_per_task(const std::vector<WeightGradient>& weight_gradients) {
     int64_t panels = 0;
     for (const WeightGradient& weights : weight_gradients) panels += padded(weights.output_size) / COLUMNS;
-    return std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, TransposedRows<T>::best_count());
+    return std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, TransposedRows<T>::max_panels());
   }
 
   void run(const std::vector<WeightGradient>& weight_gradients) {
@@ -169,7 +165,7 @@ struct UnrollBackward {
           const WeightGradient& weights = weight_gradients[index];
           const Panels<T> inputs{packed[index].data(), weights.input_size, depth};
           weight_gradient_rows(transposed, gradient(weights.output_offset, begin, 0, rows), weights.output_size, panel,
-                               panels, inputs, rows, end < shape.U, weights.out);
+                               inputs, rows, end < shape.U, weights.out);
         }
       });
       sum_gradients(begin, end);
@@ -317,10 +313,9 @@ struct UnrollBackward {
     AlignedArray<T> packed(packed_size<T>(M, V));
     const Panels<T> inputs = las::pack(static_cast<const T*>(embedded.at(0)), 1, embedded.stride, M, V, packed.data());
     ZeroedBuffer<> token_columns(size, M);
-    TransposedRows<T> transposed(inputs.depth);
-    for (int64_t i = 0; i < padded(size) / COLUMNS; i += transposed.capacity)
-      weight_gradient_rows(transposed, summed.rows(V), size, i, transposed.capacity, inputs, V, false,
-                           token_columns.rows(size));
+    TransposedRows<T> transposed(inputs.depth, TransposedRows<T>::max_panels());
+    for (int64_t i = 0; i < padded(size) / COLUMNS; i += transposed.panels)
+      weight_gradient_rows(transposed, summed.rows(V), size, i, inputs, V, false, token_columns.rows(size));
     for (int64_t i = 0; i < size; ++i) std::copy_n(token_columns.at(i), M, gates.at(i));
   }
 

@@ -122,7 +122,7 @@ def spelling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_source(options: argparse.Namespace) -> None:
-    """Raise InputError unless the options name a recording or an utterance, and one source of the text."""
+    """Raise InputError unless the options name one recording or utterance, and give the text or search for it."""
     named = [options.data, options.utterance]
     if options.file is None and None in named:
         raise InputError("give a recording, or an utterance of an archive by --data ROOT --utterance ID")
@@ -132,7 +132,9 @@ def check_source(options: argparse.Namespace) -> None:
             "is given too; give one of them"
         )
     if options.text is not None and (options.beam is not None or options.beam_threshold is not None):
-        raise InputError("--beam and --beam-threshold are for a text that the model recognises, but --text gives one")
+        raise InputError(
+            "--beam and --beam-threshold are for the search for a text, but --text gives one; leave one of them out"
+        )
 
 
 def check_span(start: float, end: float | None) -> None:

@@ -90,7 +90,8 @@ class DataConfig:
     characters: str = CHARACTERS  # the vocabulary, besides <eos>
     normalise_text: bool = False  # map transcripts onto the vocabulary instead of refusing other characters
     on_bad: Literal["error", "skip"] = "error"  # stop at an unusable utterance, or leave it out
-    frames_per_batch: int = number(20000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
+    # maximum feature frames, with padding to the longest utterance; training pads further, to a multiple of 32
+    frames_per_batch: int = number(20000, at_least=1, at_most=10_000_000)
     utterances_per_batch: int = number(64, at_least=1, at_most=10_000)  # maximum utterances
     max_seconds: float = 0.0  # leave out longer training utterances, seconds; 0: no limit
     # hours of training data, drawn once for all epochs; more hours include the utterances of fewer; 0: all

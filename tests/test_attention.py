@@ -142,8 +142,8 @@ def test_words_stand_where_the_model_attends_to_them():
         (["--beam", "0"], "--beam must be from 1 to 1000; got 0"),
         (["--beam-threshold", "inf"], "--beam-threshold must be a finite number of at least 0; got inf"),
         (["--text", "A1"], "--text has characters that the model does not know: '1'"),
-        (["--text", "A", "--beam", "2"], "--beam and --beam-threshold are for a text that the model recognises"),
-        (["--text", "A", "--beam-threshold", "2"], "but --text gives one$"),
+        (["--text", "A", "--beam", "2"], "--beam and --beam-threshold are for the search for a text"),
+        (["--text", "A", "--beam-threshold", "2"], "but --text gives one; leave one of them out$"),
     ],
 )
 def test_bad_options_are_one_sentence(workspace, tmp_path, monkeypatch, words, message):

@@ -63,5 +63,5 @@ def make_trainer(archive: Path, out: Path, config: Config) -> Trainer:
 def bare_trainer(**fields) -> Trainer:
     """A trainer with only these fields."""
     instance = Trainer.__new__(Trainer)
-    vars(instance).update(progress=Progress(), parts=Parts(), config=small(), **fields)
+    vars(instance).update(progress=Progress(), parts=Parts(20_000), config=small(), **fields)
     return instance

@@ -35,9 +35,11 @@ from las_fast.text import EOS, PAD, Vocabulary
 # Candidate widths of a length class, as longest over shortest utterance; the first that meets PADDING_TARGET is taken.
 CLASS_RATIOS = (1.5, 1.35, 1.25, 1.2, 1.15, 1.1, 1.07, 1.05, 1.03, 1.02, 1.01)
 FrameCounts = Sequence[int] | np.ndarray  # (N,) feature frames of each utterance
-PADDING_TARGET = 0.08  # maximum share of padding; wide classes shuffle better, but pad more
-# Frames of a training batch are a multiple of this: 17 hours of speech have 145 shapes of batches instead of 1128. On
-# the CPU, oneDNN compiles kernels for each shape that is not among the latest 50, which takes about 5% of a step.
+# Maximum share of padding to the longest utterance; wide classes shuffle better, but pad more.
+PADDING_TARGET = 0.08
+# The padded length of a training batch is a multiple of this. The batches of two epochs of 17 hours of speech then have
+# 145 shapes instead of 1128. On the CPU, oneDNN compiles kernels for each shape that is not among the latest 50, which
+# takes about 5% of a step.
 TRAINING_FRAME_MULTIPLE = 32
 
 
@@ -287,7 +289,7 @@ def make_loader(
 ) -> Iterable[Batch]:
     """Return a sized iterable with a Batch for each of batches[start:], in that order.
 
-    T of its features is a multiple of frame_multiple.
+    The padded length T is a multiple of frame_multiple.
 
     Batches do not depend on workers or start: augmentation is a function of (seed, epoch, utterance). A worker that
     dies or hangs costs only time; see las_fast.data.loader. poll is called repeatedly while waiting for a batch; it may
@@ -339,17 +341,17 @@ class _Batches:
         tokens = None
         if not any(text is None or self.vocabulary.unknown(text) for text in texts):
             tokens = [torch.tensor([*self.vocabulary.encode(text), EOS]) for text in texts]
+        lengths = torch.tensor([len(f) for f in features])
+        frames = _round_up(int(lengths.max()), self.frame_multiple)
+        features[0] = torch.nn.functional.pad(features[0], (0, 0, 0, frames - len(features[0])))
         pad = torch.nn.utils.rnn.pad_sequence
         return {
-            "features": self._padded(pad(features, batch_first=True)),
-            "feature_lengths": torch.tensor([len(f) for f in features]),
+            "features": pad(features, batch_first=True),
+            "feature_lengths": lengths,
             "tokens": None if tokens is None else pad(tokens, batch_first=True, padding_value=PAD),
             "token_lengths": None if tokens is None else torch.tensor([len(t) for t in tokens]),
             "indices": torch.tensor(indices),
         }
-
-    def _padded(self, features: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(features, (0, 0, 0, -features.shape[1] % self.frame_multiple))
 
     def _joins(self, b: int, epoch: float) -> bool:
         if self.augment is None or epoch < self.augment.config.start_epoch:

@@ -11,7 +11,9 @@ from las_fast.progress import write
 class Parts:
     """The number of parts of each batch, learned from batches that did not fit in memory."""
 
-    def __init__(self):
+    def __init__(self, frames_per_batch: int):
+        """frames_per_batch: the setting of data, for advice."""
+        self.frames_per_batch = frames_per_batch
         self.limit = math.inf  # maximum utterances times padded feature frames of a part; inf: not known yet
         self.used = 1  # parts of the current batch
 
@@ -33,7 +35,7 @@ class Parts:
             write(
                 f"warning: a batch of {size} utterances, {size * frames} frames, does not fit in memory; from here on "
                 "such batches run in parts and give the same gradient; to avoid that, start again with "
-                f"--data.frames-per-batch below {size * frames}",
+                f"--data.frames-per-batch below {min(size * frames, self.frames_per_batch)}",
                 file=sys.stderr,
             )
         self.limit = min(self.limit, -(-size // 2) * frames)

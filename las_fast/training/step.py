@@ -64,7 +64,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_loss_scale(self.precision, device))
         self.reads_late = device.type == "cuda"
         self.progress = Progress(validated=-1 if config.training.validate_first else 0)
-        self.parts = Parts()
+        self.parts = Parts(config.data.frames_per_batch)
         self.consistent = True  # False during an update of the weights
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ SIZES = [  # B, T, I, H
     (33, 3, 98, 15),
     (7, 190, 6, 10),
     (2, 3, 1057, 8),
-    (3, 20, 33, 70),
+    (3, 20, 33, 70),  # with AMX, a group of 8 panels of gates and one of 24 columns
 ]
 NAMES = ["output", "x", *(f"{name}{way}" for way in ("", " backwards") for name in ("w_ih", "w_hh", "b_ih", "b_hh"))]
 per_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
@@ -98,7 +98,7 @@ def test_values_and_gradients_err_at_most_twice_as_much_as_the_plain_formula(bac
 @pytest.mark.parametrize("lengths", [[1024, 1023], [1024, 1024], [1025, 1024], [2049, 2048]], ids=sum)
 @per_dtype
 def test_gradients_of_weights_add_up_over_blocks_of_2048_frames(cpp, lengths, dtype):
-    sizes, lengths = (2, max(lengths), 3, 2), torch.tensor(lengths)
+    sizes, lengths = (2, max(lengths), 3, 9), torch.tensor(lengths)  # two panels of gates, one of 4 columns
     tensors, cotangent = inputs(*sizes), cotangent_of(sizes)
     actual = all_results(op(cpp, dtype), tensors, lengths, cotangent)
     exact = all_results(op("reference", torch.float64), [x.double() for x in tensors], lengths, cotangent)
@@ -184,16 +184,17 @@ def test_every_nan_bit_pattern_in_a_gate_propagates(backend, gate, bits):
     assert output[..., :6].isnan().all() and output[..., 6:].isfinite().all()
 
 
+@per_dtype
 @pytest.mark.parametrize("sizes", [(0, 7, 5, 6), (3, 0, 5, 6)], ids=["no utterance", "no frame"])
-def test_empty_inputs_give_empty_results(cpp, sizes):
+def test_empty_inputs_give_empty_results(cpp, sizes, dtype):
     lengths = torch.zeros(sizes[0], dtype=torch.int64)
-    output, x, *weights = all_results(op(cpp), inputs(*sizes), lengths, cotangent_of(sizes))
+    output, x, *weights = all_results(op(cpp, dtype), inputs(*sizes), lengths, cotangent_of(sizes))
     assert output.shape == (*sizes[:2], 12) and x.shape == sizes[:3]
     assert all((gradient == 0).all() for gradient in weights)
 
 
 @per_dtype
-@pytest.mark.parametrize("sizes", [(5, 31, 13, 8), (37, 20, 40, 24)], ids=["few", "many"])
+@pytest.mark.parametrize("sizes", [(5, 31, 13, 8), (37, 20, 40, 24), (37, 3, 353, 24)], ids=["few", "many", "deep"])
 def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, sizes, dtype):
     (x, *weights), lengths, cotangent = inputs(*sizes), some_lengths(*sizes[:2]), cotangent_of(sizes)
     batched = all_results(op(cpp, dtype), [x, *weights], lengths, cotangent)[:2]

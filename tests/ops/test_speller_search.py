@@ -40,6 +40,7 @@ SIZES = [  # V, M, H of each cell, D, E, T, B, K
     (32, 31, (33, 16), 15, 32, 32, 3, 11),
     (33, 32, (8, 24, 17), 32, 33, 33, 4, 13),
     (67, 64, (65, 64, 63), 31, 65, 65, 3, 64),
+    (7, 5, (6,), 4, 700, 9, 3, 4),  # inputs of more than 640 bytes in int8, which AMX must not take in parts
 ]
 ALL_OPTIONS = {"length_penalty": 0.7, "eos_threshold": 1.1, "coverage_weight": 0.2, "ngram_weight": 0.4, "minimum": 3}
 ALL_OPTIONS |= {"ctc_weight": 0.3, "beam_threshold": 3.0}

@@ -358,10 +358,11 @@ def test_a_second_derivative_is_refused_and_not_wrong(cpp):
         first.sum().backward()
 
 
-def test_an_empty_batch_gives_empty_results_and_zero_gradients(fast_backend):
+@on_each_precision
+def test_an_empty_batch_gives_empty_results_and_zero_gradients(fast_backend, precision):
     weights, *others, masks = inputs(*SMALL)
     arguments = (weights, *(x[:0] for x in others), [mask[:0] for mask in masks])
-    logits, attention, *gradients = results(speller_unroll, arguments, backend=fast_backend)
+    logits, attention, *gradients = results(speller_unroll, arguments, backend=fast_backend, precision=precision)
     assert logits.shape == (0, 8, 31) and attention.shape == (0, 8, 40)
     assert all((x == 0).all() for x in gradients)
 

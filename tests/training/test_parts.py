@@ -107,9 +107,15 @@ def test_other_errors_are_not_retried(trainer, monkeypatch):
 
 
 def test_parts_are_halved_until_they_fit_and_never_below_one_utterance():
-    parts = Parts()
+    parts = Parts(20_000)
     assert (parts.begin(96, 600), parts.size(96)) == (1, 96)
     assert (parts.halve(96, 600), parts.size(96), parts.limit) == (2, 48, 28_800)
     assert (parts.halve(96, 600), parts.size(96), parts.limit) == (4, 24, 14_400)
     assert parts.begin(96, 150) == 1 and parts.begin(97, 150) == 2 and parts.begin(3, 10_000) == 4
     assert parts.size(3) == 1
+
+
+@pytest.mark.parametrize(("frames", "advised"), [(150, 14_400), (600, 20_000)])
+def test_the_advised_batch_is_smaller_than_the_one_that_failed_and_than_the_setting(capsys, frames, advised):
+    Parts(20_000).halve(96, frames)
+    assert capsys.readouterr().err.endswith(f" start again with --data.frames-per-batch below {advised}\n")
