@@ -14,15 +14,23 @@ from las_fast import decode, system, transcribe, tune
 def test_mallopt_gets_the_parameters_of_malloc_h(monkeypatch):
     calls = []
     monkeypatch.setattr(system, "_mallopt", lambda *arguments: calls.append(arguments))
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
     system.tune_memory()
     system.return_freed_memory()
     mmap_threshold, trim_threshold, never = -3, -1, -1
     assert calls == [(mmap_threshold, 32 * 2**20), (trim_threshold, never), (mmap_threshold, 2**20)]
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("THP_MEM_ALLOC_ENABLE", "1"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")]
+)
+def test_torch_is_told_by_the_environment_unless_the_user_has_chosen(monkeypatch, name, value):
+    monkeypatch.setattr(system, "_mallopt", lambda *arguments: None)
+    monkeypatch.delenv(name, raising=False)
     system.tune_memory()
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0", "the user's own choice stays"
+    assert os.environ[name] == value
+    monkeypatch.setenv(name, "0")
+    system.tune_memory()
+    assert os.environ[name] == "0"
 
 
 @pytest.mark.parametrize(

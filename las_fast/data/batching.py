@@ -38,8 +38,8 @@ FrameCounts = Sequence[int] | np.ndarray  # (N,) feature frames of each utteranc
 # Maximum share of padding to the longest utterance; wide classes shuffle better, but pad more.
 PADDING_TARGET = 0.08
 # The padded length of a training batch is a multiple of this. The batches of two epochs of 17 hours of speech then have
-# 145 shapes instead of 1128. On the CPU, oneDNN compiles kernels for each shape that is not among the latest 50, which
-# takes about 5% of a step.
+# 145 shapes instead of 1128. On the CPU, oneDNN compiles kernels for each shape that is not among the latest 200 (see
+# las_fast.system.tune_memory), which takes about 5% of a step.
 TRAINING_FRAME_MULTIPLE = 32
 
 
