@@ -40,7 +40,6 @@ SIZES = [  # V, M, H of each cell, D, E, T, B, K
     (32, 31, (33, 16), 15, 32, 32, 3, 11),
     (33, 32, (8, 24, 17), 32, 33, 33, 4, 13),
     (67, 64, (65, 64, 63), 31, 65, 65, 3, 64),
-    (7, 5, (6,), 4, 700, 9, 3, 4),  # inputs of more than 640 bytes in int8, which AMX must not take in parts
 ]
 ALL_OPTIONS = {"length_penalty": 0.7, "eos_threshold": 1.1, "coverage_weight": 0.2, "ngram_weight": 0.4, "minimum": 3}
 ALL_OPTIONS |= {"ctc_weight": 0.3, "beam_threshold": 3.0}
@@ -553,9 +552,7 @@ def next_token_log_probs(weights, memory, tokens, dtype, int8=False):
     return torch.stack(actual, 1)
 
 
-@on_each_precision
-@pytest.mark.parametrize("sizes", [x for x in SIZES if x[0] > 4], ids=lambda x: "x".join(map(str, x)).replace(" ", ""))
-def test_log_probabilities_err_at_most_twice_as_much_as_the_plain_formula(cpp, sizes, precision):
+def check_log_probabilities(sizes, precision):
     V, M, H, D, E, T, B, _ = sizes
     weights, memory = random_weights(V, M, H, D, E), random_memory(B, T, D, E)
     steps = search(weights, memory, beam=V, maximum=torch.full((B,), 9), precision=precision)
@@ -566,6 +563,18 @@ def test_log_probabilities_err_at_most_twice_as_much_as_the_plain_formula(cpp, s
     assert torch.equal(steps.tokens[0].sort().values, torch.arange(V).expand(B, V))
     error, baseline_error = ((x - exact)[:, EOS:].square().mean().sqrt() for x in (actual, baseline))
     assert error <= 2 * baseline_error + 1e-6
+
+
+@on_each_precision
+@pytest.mark.parametrize("sizes", [x for x in SIZES if x[0] > 4], ids=lambda x: "x".join(map(str, x)).replace(" ", ""))
+def test_log_probabilities_err_at_most_twice_as_much_as_the_plain_formula(cpp, sizes, precision):
+    check_log_probabilities(sizes, precision)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_inputs_of_more_than_640_bytes_count_whole(cpp, precision):
+    """AMX takes bf16 inputs in parts of 640 bytes, and int8 inputs whole."""
+    check_log_probabilities((7, 5, (6,), 4, 700, 9, 3, 4), precision)
 
 
 @on_each_precision
