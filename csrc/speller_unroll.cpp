@@ -1,9 +1,10 @@
 // The whole decoder pass of training and its gradients: the C++ backend of las_fast/ops/speller_unroll.py, which
 // defines them.
 //
-// Each thread takes some utterances through all steps, side by side as rows of the matmuls. The operands of the matmuls
-// (float32 or bfloat16) and the states (float32) are written once, to the rows that are saved for the gradients: one
-// row per step and utterance. The contribution of each token to the gates of the first cell is computed beforehand.
+// Each thread takes some utterances through all steps, side by side as rows of the matmuls. Threads share the matmuls
+// of large cells (team.h). The operands of the matmuls (float32 or bfloat16) and the states (float32) are written once,
+// to the rows that are saved for the gradients: one row per step and utterance. The contribution of each token to the
+// gates of the first cell is computed beforehand.
 //
 // The backward pass takes the steps in blocks, from the last to the first. Threads take their utterances back through a
 // block and store the gradients of each layer's outputs. Then they share the rows of the weights' gradients, to which a

@@ -18,6 +18,7 @@
 #include "packing.h"
 #include "softmax.h"
 #include "speller.h"
+#include "team.h"
 #include "unroll_layout.h"
 #include "vector.h"
 
@@ -146,9 +147,9 @@ struct UnrollBackward {
       begin = (end - 1) / steps * steps;
       const int64_t rows = (end - begin) * shape.B, depth = padded(rows, DEPTH_INTERLEAVE<T>);
       std::atomic<size_t> next{0};
-      at::parallel_for(0, shape.B, 1, [&](int64_t first, int64_t last) {
-        Scratch scratch(shape, last - first);
-        for (int64_t u = end - 1; u >= begin; --u) step(scratch, u, first, last - first);
+      run_team(shape.B, widest_input(), [&](const TeamMember& member) {
+        Scratch scratch(shape, member.count());
+        for (int64_t u = end - 1; u >= begin; --u) step(scratch, member, u);
         for (size_t i; (i = next++) < packing.size();) {
           const auto [index, panel] = packing[i];
           const WeightGradient& weights = weight_gradients[index];
@@ -184,15 +185,24 @@ struct UnrollBackward {
     return {buffer.at(b), buffer.stride, count};
   }
 
-  // Step u of utterances [b, b + n).
-  void step(Scratch& scratch, int64_t u, int64_t b, int64_t n) {
+  int64_t widest_input() const {
+    int64_t widest = 0;
+    for (int64_t i = 0; i < shape.cells(); ++i) widest = std::max(widest, shape.input_size(i) + shape.H[i]);
+    return widest;
+  }
+
+  // Step u of a thread's utterances.
+  void step(Scratch& scratch, const TeamMember& member, int64_t u) {
+    const int64_t b = member.begin(), n = member.count(), first = member.first_row(), rows = member.row_count();
     output_backward(scratch, u, b, n);
     attention_backward(scratch, u, b, n);
     for (int64_t i = shape.cells() - 1; i >= 0; --i) {
       const bool last = i + 1 == shape.cells();
       cell_backward(i, u, b, n, rows_of(last ? readout_gradient : inputs_gradient[i + 1], b, n));
-      matmul(gradient(layout.gate_gradients[i], u, b, n), layers.cells[i].panels, nullptr,
-             rows_of(inputs_gradient[i], b, n));
+      member.wait();
+      member.multiply(gradient(layout.gate_gradients[i], u, first, rows), layers.cells[i].panels, nullptr,
+                      rows_of(inputs_gradient[i], first, rows));
+      member.wait();
     }
   }
 

@@ -1,4 +1,4 @@
-// The forward pass of speller_unroll.cpp. Each thread takes some utterances through all steps.
+// The forward pass of speller_unroll.cpp.
 
 #pragma once
 
@@ -18,6 +18,7 @@
 #include "packing.h"
 #include "softmax.h"
 #include "speller.h"
+#include "team.h"
 #include "unroll_layout.h"
 #include "vector.h"
 
@@ -74,22 +75,32 @@ struct UnrollForward {
 
   // The utterances of one thread, [begin, begin + count), and its buffers.
   struct UtteranceGroup {
+    const TeamMember& member;
     int64_t begin, count;
-    ZeroedBuffer<> sums;                // (count, max of 4 * H_i, V)
-    ZeroedBuffer<> context;             // (1, E)
-    std::vector<const float*> initial;  // (count,)
-    std::vector<int64_t> best_tokens;   // (count,): most probable token of the previous step
+    ZeroedBuffer<> sums;               // (count, V)
+    ZeroedBuffer<> context;            // (1, E)
+    std::vector<const float*> bias;    // (count,)
+    std::vector<int64_t> best_tokens;  // (count,): most probable token of the previous step
+  };
+
+  // The gates of all utterances, which threads share.
+  struct Gates {
+    ZeroedBuffer<> sums;                // (B, max of 4 * H_i)
+    std::vector<const float*> initial;  // (B,)
   };
 
   void run() {
-    at::parallel_for(0, shape.B, 1, [&](int64_t begin, int64_t end) { run_group(begin, end - begin); });
+    const int64_t most = 4 * *std::max_element(shape.H.begin(), shape.H.end());
+    Gates gates{ZeroedBuffer<>(shape.B, most), std::vector<const float*>(shape.B)};
+    run_team(shape.B, most, [&](const TeamMember& member) { run_group(member, gates); });
   }
 
-  void run_group(int64_t begin, int64_t count) {
-    const int64_t gates = 4 * *std::max_element(shape.H.begin(), shape.H.end());
-    UtteranceGroup group{begin,
+  void run_group(const TeamMember& member, Gates& gates) {
+    const int64_t count = member.count();
+    UtteranceGroup group{member,
+                         member.begin(),
                          count,
-                         ZeroedBuffer<>(count, std::max(gates, shape.V)),
+                         ZeroedBuffer<>(count, shape.V),
                          ZeroedBuffer<>(1, shape.E),
                          std::vector<const float*>(count),
                          std::vector<int64_t>(count)};
@@ -97,7 +108,7 @@ struct UnrollForward {
     for (int64_t u = 0; u < shape.U; ++u) {
       clear_padding(group, u);
       choose_tokens(group, u);
-      for (int64_t i = 0; i < shape.cells(); ++i) step_cell(group, i, u);
+      for (int64_t i = 0; i < shape.cells(); ++i) step_cell(group, gates, i, u);
       attend(group, u);
       compute_logits(group, u);
     }
@@ -133,18 +144,26 @@ struct UnrollForward {
   }
 
   InitialSums broadcast_bias(UtteranceGroup& group, const std::vector<float>& bias) const {
-    std::fill(group.initial.begin(), group.initial.end(), bias.data());
-    return group.initial.data();
+    std::fill(group.bias.begin(), group.bias.end(), bias.data());
+    return group.bias.data();
+  }
+
+  // Compute the sums of the gates of cell i at step u: this thread's utterances, or its columns of all.
+  void sum_gates(const UtteranceGroup& group, Gates& gates, int64_t i, int64_t u) const {
+    const TeamMember& member = group.member;
+    for (int64_t b = group.begin; b < group.begin + group.count; ++b)
+      gates.initial[b] = i == 0 ? token_gates.at(tokens_read[b * shape.U + u]) : layers.cells[i].bias.data();
+    member.wait();
+    const int64_t first = member.first_row(), n = member.row_count();
+    member.multiply(saved.operand(layout.input[i], u, first, n), layers.cells[i].weights, gates.initial.data() + first,
+                    {gates.sums.at(first), gates.sums.stride, n});
+    member.wait();
   }
 
   // Compute the state of cell i after step u.
-  void step_cell(UtteranceGroup& group, int64_t i, int64_t u) const {
+  void step_cell(const UtteranceGroup& group, Gates& all_gates, int64_t i, int64_t u) const {
     const auto [begin, n] = std::pair(group.begin, group.count);
-    broadcast_bias(group, layers.cells[i].bias);
-    if (i == 0)
-      for (int64_t r = 0; r < n; ++r) group.initial[r] = token_gates.at(tokens_read[(begin + r) * shape.U + u]);
-    matmul(saved.operand(layout.input[i], u, begin, n), layers.cells[i].weights, group.initial.data(),
-           group.sums.rows(n));
+    sum_gates(group, all_gates, i, u);
     const int64_t size = shape.H[i];
     const bool last = i + 1 == shape.cells();
     const Matrix<T> gates = saved.operand(layout.gates[i], u, begin, n);
@@ -155,7 +174,7 @@ struct UnrollForward {
     dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t r = 0; r < n; ++r) {
-        const float* sums = group.sums.at(r);
+        const float* sums = all_gates.sums.at(begin + r);
         const float* mask = masks.empty() ? nullptr : masks[i].const_data_ptr<float>() + (begin + r) * size;
         for_each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
           const LstmGates<W> activated = las::activate_gates<W>(sums + j, size, lanes);

@@ -24,6 +24,7 @@ SIZES = [  # V, M, H of each cell, D, E, T, B, U
     (67, 64, (8, 24, 17), 31, 65, 65, 4, 7),
     (5, 3, (7, 5), 4, 3, 11, 2, 700),  # more steps than a block of the backward pass
     (5, 3, (256, 8), 4, 3, 5, 2, 3),  # two threads share the gates of the first cell
+    (7, 5, (260, 131), 4, 3, 9, 5, 6),  # two and three threads share the matmuls of both cells
 ]
 on_each_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)).replace(" ", ""))
 on_each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -244,7 +245,9 @@ def test_padding_full_of_nan_does_not_matter(cpp, precision):
 
 
 @on_each_precision
-@pytest.mark.parametrize("sizes", [SIZES[2], SMALL, SIZES[5], *SIZES[8:]], ids=["small", "odd", "even", "long", "wide"])
+@pytest.mark.parametrize(
+    "sizes", [SIZES[2], SMALL, SIZES[5], *SIZES[8:]], ids=["small", "odd", "even", "long", "wide", "shared"]
+)
 def test_any_number_of_threads_gives_the_same_results(cpp, sizes, precision):
     arguments = inputs(*sizes)
     expected = results(speller_unroll, arguments, backend=cpp, precision=precision)
