@@ -24,6 +24,7 @@ from las_fast.model.las import LAS
 from las_fast.progress import Progress as ProgressBar
 from las_fast.text import Vocabulary
 from las_fast.training import monitor
+from las_fast.training.initial import initial_weights
 from las_fast.training.pace import Pace
 from las_fast.training.resume import BATCH_SIZES, check_same_settings, fingerprint
 from las_fast.training.runlog import RunLog
@@ -266,10 +267,16 @@ class Trainer(Learner):
             if forecast := self.pace.forecast(self.steps - self.progress.step):
                 bar.write(forecast)
 
-    def load_initial_weights(self, model: nn.Module, path: Path) -> None:
-        """Start from the weights of a model of the same sizes; errors and checkpoints name `path`."""
+    def load_initial_weights(self, model: LAS, path: Path) -> None:
+        """Start from the weights of a model of the same sizes, or with fewer BiLSTMs; errors and checkpoints name `path`.
+
+        What `model` lacks keeps its random weights, and is printed.
+        """
+        weights, new = initial_weights(self.model, model)
         for target in filter(None, (self.model, self.averaged)):
-            checkpoint.load_weights(target, model.state_dict(), path)
+            checkpoint.load_weights(target, weights, path)
+        if new:
+            print(f"weights: {', '.join(new)} are new, the others are those of {path}")
         self.source = {**self.source, "init": path.name}
 
     # State on disk
