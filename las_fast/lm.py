@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from las_fast.cli import run
+from las_fast.data.overlap import COMMON_WORDS, Excluded
 from las_fast.errors import InputError
 from las_fast.files import prepare_output_file
 from las_fast.options import Parser, as_file, as_path
@@ -56,7 +57,6 @@ from las_fast.text import CHARACTERS, SOS, Vocabulary, has_lost_digits, normalis
 
 HELD_OUT_ONE_IN = 20  # one sentence in 20 is held out to measure the perplexity
 SENTENCES_PER_PASS = 20000  # encoded at once
-COMMON_WORDS = 6  # sentences with this many words in a row in common overlap
 SUBTRACTED = 0.5  # default weight of the model of --subtract
 MAX_WEIGHT = 1_000_000  # so that counts stay far below 64 bits
 Tokens = dict[int, list[np.ndarray]]  # encoded sentences by weight
@@ -168,19 +168,6 @@ def map_text(text: str, characters: str) -> str | None:
     return text if set(characters).issuperset(text) else normalise_text(text, characters)
 
 
-class Excluded:
-    """The sentences that the text of a model must not overlap with."""
-
-    def __init__(self, texts: Iterable[str], characters: str):
-        mapped = [normalise_text(text, characters) for text in texts]
-        self.sentences = set(mapped)
-        self.runs = {run for text in mapped for run in word_runs(text)}
-
-    def overlaps(self, text: str) -> bool:
-        """Return whether a sentence is one of these, or has COMMON_WORDS words in a row in common with one."""
-        return " ".join(text.split()) in self.sentences or not self.runs.isdisjoint(word_runs(text))
-
-
 def read_excluded(sources: list[Path], split: str, characters: str) -> Excluded | None:
     """Read the texts of --exclude; None if there are none. Raises InputError if one has no sentence."""
     texts = []
@@ -190,12 +177,6 @@ def read_excluded(sources: list[Path], split: str, characters: str) -> Excluded 
             raise InputError(f"there is no sentence in {source}; give --exclude texts with one sentence per line")
         texts += sentences
     return Excluded(texts, characters) if texts else None
-
-
-def word_runs(text: str) -> Iterator[tuple[str, ...]]:
-    """Yield every COMMON_WORDS words in a row."""
-    words = text.split()
-    return zip(*(words[i:] for i in range(COMMON_WORDS)), strict=False)
 
 
 def encode_held_out(sentences: Iterable[tuple[str, int]], characters: str) -> tuple[Tokens, Tokens]:

@@ -326,6 +326,7 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
     """
     from las_fast.data.dataset import load_dataset
     from las_fast.data.holdout import hold_out
+    from las_fast.data.overlap import without_shared_texts
 
     splits, share = training_splits(config, corpus), config.data.dev_share
     name, dev_name = "+".join(splits), f"dev, held out of {'+'.join(splits)}"
@@ -339,6 +340,8 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
             corpus, others, features=config.features, data=config.data.without_limits(), statistics=train.statistics,
             need_text=True,
         )  # fmt: skip
+    if config.data.shared_texts == "drop":
+        train = without_shared_texts(train, dev, config.data.characters)
     for label, data in ((name, train), (dev_name, dev)):
         if len(data) == 0:
             raise InputError(f"{label} of {corpus.name} has no usable utterance; give another split or --data")

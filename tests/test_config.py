@@ -141,6 +141,7 @@ TABLE = {
     "data.hours": (0.0, 0, 1_000_000_000),
     "data.short_epochs": (0, 0, 1_000_000_000),
     "data.short_seconds": (4.0, 0, 1_000_000_000),
+    "data.shared_texts": "keep",
     "data.dev_share": (0.0, 0, 0.5),
     "data.cache": "",
     "data.workers": (1, 0, 256),

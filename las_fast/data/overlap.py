@@ -1,17 +1,24 @@
-"""Counts the recordings and utterances that two datasets share: dev scores on them say nothing about new speech."""
+"""What two datasets share, recordings, utterances or texts: dev scores on it say nothing about new speech."""
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from las_fast.errors import InputError
+from las_fast.text import normalise_text
 
 if TYPE_CHECKING:
     from las_fast.data.dataset import SpeechDataset
 
 TOLERANCE = 0.25  # seconds that adjacent parts of a recording may share
+COMMON_WORDS = 6  # sentences with this many words in a row in common overlap
 
 
 def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
@@ -45,3 +52,41 @@ def file_identity(path: Path) -> tuple:
     except (OSError, ValueError):
         return (os.path.abspath(path),)
     return stat.st_dev, stat.st_ino
+
+
+class Excluded:
+    """Sentences that other texts, such as those of a training, must not overlap with."""
+
+    def __init__(self, texts: Iterable[str], characters: str):
+        mapped = [normalise_text(text, characters) for text in texts]
+        self.sentences = set(mapped)
+        self.runs = {run for text in mapped for run in word_runs(text)}
+
+    def overlaps(self, text: str) -> bool:
+        """Return whether a sentence is one of these, or has COMMON_WORDS words in a row in common with one."""
+        return " ".join(text.split()) in self.sentences or not self.runs.isdisjoint(word_runs(text))
+
+
+def word_runs(text: str) -> Iterator[tuple[str, ...]]:
+    """Yield every COMMON_WORDS words in a row."""
+    words = text.split()
+    return zip(*(words[i:] for i in range(COMMON_WORDS)), strict=False)
+
+
+def without_shared_texts(train: SpeechDataset, dev: SpeechDataset, characters: str) -> SpeechDataset:
+    """Return the training utterances whose transcripts do not overlap with one of dev; `skipped` lists the others.
+
+    Raises:
+        InputError: none is left.
+    """
+    excluded = Excluded(filter(None, dev.texts), characters)
+    shared = np.array([excluded.overlaps(text or "") for text in train.texts], bool)
+    if shared.all():
+        raise InputError(
+            f"data.shared_texts drop leaves no training utterance: the transcripts of all {len(train)} overlap with "
+            "those of dev; set it to keep"
+        )
+    kept = train.subset(np.flatnonzero(~shared))
+    reason = "its transcript overlaps with one of dev (data.shared_texts)"
+    kept.skipped = train.skipped + [(train.ids[i], reason) for i in np.flatnonzero(shared)]
+    return kept

@@ -268,9 +268,9 @@ class Trainer(Learner):
                 bar.write(forecast)
 
     def load_initial_weights(self, model: LAS, path: Path) -> None:
-        """Start from the weights of a model of the same sizes, or with fewer BiLSTMs; errors and checkpoints name `path`.
+        """Start from the weights of a model of the same sizes, or with fewer BiLSTMs.
 
-        What `model` lacks keeps its random weights, and is printed.
+        What `model` lacks keeps its random weights, and is printed. Errors and checkpoints name `path`.
         """
         weights, new = initial_weights(self.model, model)
         for target in filter(None, (self.model, self.averaged)):

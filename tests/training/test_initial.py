@@ -97,7 +97,7 @@ def test_a_training_grows_a_model_and_its_average_alike(tmp_path, capsys):
     given = LAS(MODEL, input_size=28, vocabulary_size=trainer.model.vocabulary_size)
     trainer.load_initial_weights(given, tmp_path / "given.safetensors")
     assert "weights: listener.layers.2, listener.norms.2 are new, the others are those of" in capsys.readouterr().out
-    averaged = trainer.averaged.state_dict()
+    averaged, taken = trainer.averaged.state_dict(), given.state_dict()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, averaged[name])
-        assert name.startswith(("listener.layers.2", "listener.norms.2")) or torch.equal(value, given.state_dict()[name])
+        assert name.startswith(("listener.layers.2", "listener.norms.2")) or torch.equal(value, taken[name])
