@@ -1,4 +1,4 @@
-"""Initial weights of a training, from a checkpoint of the same model or of one with fewer BiLSTMs."""
+"""Initial weights of a training, from a checkpoint of the same model, or with fewer BiLSTMs or other CTC heads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ def initial_weights(model: LAS, given: LAS) -> tuple[dict[str, Tensor], list[str
     Training the lower layers first is as in Bengio et al. 2006, "Greedy layer-wise training of deep networks".
     """
     weights, depth = given.state_dict(), len(given.listener.layers)
-    if len(model.listener.layers) <= depth:
-        return weights, []
     new = [f"listener.{part}.{i}" for i in range(depth, len(model.listener.layers)) for part in ("layers", "norms")]
     heads = {given.ctc_layer: given.ctc, given.inner_ctc_layer: given.inner_ctc}
     weights = {name: value for name, value in weights.items() if not name.startswith(HEADS)}
