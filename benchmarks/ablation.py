@@ -1,27 +1,31 @@
-"""Train the preset english with one part left out at a time, for a few epochs each, and score all of them alike.
+"""Train the preset english several times for a few epochs, each time with one part changed, and compare the scores.
 
-    python -m benchmarks.ablation --data MANIFEST.tsv --init CHECKPOINT --out RUNS [--epochs 4] [--jobs 2]
-    python -m benchmarks.robustness --checkpoint RUNS/* --data MANIFEST.tsv --conditions clean "10 dB"
+    python -m benchmarks.ablation --data MANIFEST --init CHECKPOINT --out RUNS [--epochs 4] [--jobs 2] [--record]
+    python -m benchmarks.robustness --checkpoint RUNS/whole RUNS/no-noise --data MANIFEST --conditions clean "10 dB"
 
-Every training starts from the weights of CHECKPOINT, with the same seed and the same number of epochs. A training that
-was interrupted is resumed, and one that is complete is not repeated, so the command can be given again. Each adds a row
-to benchmarks/results/recognition.csv with --record.
+Every training starts from the weights of CHECKPOINT, with the same seed and the same number of epochs; old-data has
+fewer utterances, so it takes fewer steps. A training that was interrupted is resumed, and one that is complete is not
+repeated, so the command can be given again. With --record, each training adds a row to
+benchmarks/results/recognition.csv, if there is no such row yet.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import recognition
+from benchmarks.rows import append_rows, read_rows
 from las_fast.cli import run
+from las_fast.data.layouts import open_corpus
+from las_fast.data.manifest import rows_by_id
 from las_fast.errors import InputError
 from las_fast.files import LAST, write_text_atomically
+from las_fast.progress import write
 
 CONFIG = "english"
 
@@ -30,9 +34,9 @@ CONFIG = "english"
 class Variant:
     """A training that differs from the preset in one part."""
 
-    what: str  # is different
+    what: str  # what is different
     settings: str = ""  # options of las_fast.train
-    sources: tuple[str, ...] = ()  # of the training utterances, in the manifest's column "source"; empty: all
+    sources: tuple[str, ...] = ()  # of the training utterances, by the manifest's column "source"; empty: all
 
 
 # The sources that speech13h of version 0.3 was trained on.
@@ -51,22 +55,23 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def write_manifest(data: Path, out: Path, sources: tuple[str, ...]) -> Path:
-    """Write a manifest without the training rows of other sources, and return its path.
+def write_manifest(data: str, out: Path, sources: tuple[str, ...]) -> Path:
+    """Write a manifest without the training utterances of other sources, and return its path.
 
     Raises:
-        InputError: `data` is not a TSV manifest with paths, splits and sources, or has no training row of `sources`.
+        InputError: `data` is not a manifest of whole recordings with the column "source", or has no such utterance.
     """
-    with data.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if not rows or not {"path", "split", "source"} <= rows[0].keys():
-        raise InputError(f"{data} has no rows with path, split and source; give a TSV manifest that has these columns")
-    kept = [row for row in rows if row["split"] != "train" or row["source"] in sources]
-    if not any(row["split"] == "train" for row in kept):
-        raise InputError(f"{data} has no training row of the sources {', '.join(sources)}; leave out this variant")
-    lines = [list(rows[0])]
-    lines += [[str((data.parent / value).absolute()) if key == "path" else value for key, value in row.items()]
-              for row in kept]  # fmt: skip
+    corpus = open_corpus(data)
+    rows = rows_by_id(corpus.root) if corpus.root.is_file() else {}
+    lines = [["id", "path", "split", "transcript"]]
+    for role in ("train", "dev"):
+        utterances = [u for split in corpus.resolve(role) for u in corpus.utterances(split)]
+        if any(u.is_part or "source" not in rows.get(u.id, {}) for u in utterances):
+            raise InputError(f"{data} is not a manifest of whole recordings with the column source; leave out old-data")
+        chosen = [u for u in utterances if role == "dev" or rows[u.id]["source"] in sources]
+        if not chosen:
+            raise InputError(f"{data} has no utterance of the sources {', '.join(sources)}; leave out old-data")
+        lines += [[u.id, str(u.path.absolute()), role, str(u.transcript)] for u in chosen]
     write_text_atomically(out, "".join("\t".join(line) + "\n" for line in lines))
     return out
 
@@ -90,21 +95,45 @@ def command(name: str, options: argparse.Namespace) -> list[str]:
     return [*words, "--resume"] if (folder / LAST).is_file() else words
 
 
-def train(name: str, options: argparse.Namespace) -> None:
+def train(name: str, options: argparse.Namespace, running: list[subprocess.Popen]) -> None:
     """Train a variant; its output goes to OUT/NAME.log. Raises InputError if the training fails."""
     log = options.out / f"{name}.log"
     with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(command(name, options), stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise InputError(f"the training {name} ended with status {done.returncode}; {log} says why")
-    print(f"{name}: complete")
+        process = subprocess.Popen(command(name, options), stdout=file, stderr=subprocess.STDOUT)
+        running.append(process)
+        status = process.wait()
+    if status:
+        raise InputError(f"the training {name} ended with status {status}; {log} says why")
+    write(f"{name}: complete")
+
+
+def train_all(options: argparse.Namespace) -> None:
+    """Train all variants, --jobs at once. If one fails or the program is stopped, stop the others: they can resume."""
+    running: list[subprocess.Popen] = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        try:
+            for done in as_completed([pool.submit(train, name, options, running) for name in options.variants]):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
+
+
+def record(row: tuple) -> None:
+    """Append a row to recognition.csv, unless it has one of the same run and change."""
+    known = {(old["run"], old["what"]) for old in read_rows(recognition.FILE)}
+    named = dict(zip(recognition.COLUMNS, row, strict=True))
+    if (named["run"], named["what"]) not in known:
+        append_rows(recognition.FILE, recognition.COLUMNS, [row])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="TSV manifest with the columns path, split and source")
+    add("--data", required=True, help="manifest; old-data needs its column source")
     add("--init", required=True, help="checkpoint that every training starts from")
     add("--out", type=Path, required=True, help="folder of the run folders")
     add("--epochs", type=int, default=4, help="of each training (default: 4)")
@@ -120,16 +149,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
+    if options.jobs < 1:
+        raise InputError(f"--jobs must be at least 1; got {options.jobs}")
     options.out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for done in [pool.submit(train, name, options) for name in options.variants]:
-            done.result()
+    train_all(options)
     for name in options.variants:
         what = f"preset {CONFIG} for {options.epochs} epochs: {VARIANTS[name].what}"
         row = recognition.summary_row(options.out / name, what=what, data="speech, ablation")
         print(f"{name}: CER {row[recognition.COLUMNS.index('cer_last')]}%, {VARIANTS[name].what}")
         if options.record:
-            recognition.append_rows(recognition.FILE, recognition.COLUMNS, [row])
+            record(row)
 
 
 if __name__ == "__main__":

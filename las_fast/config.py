@@ -99,7 +99,8 @@ class DataConfig:
     # epochs at the start on short utterances only, where attention forms sooner; 0: none
     short_epochs: int = 0
     short_seconds: float = 4.0  # longest utterance in those epochs, seconds
-    # training utterances whose transcript is that of a dev utterance, or has six words in a row in common with one
+    # drop: leave out training utterances whose transcript is that of a dev utterance, or shares six words in a row with
+    # one
     shared_texts: Literal["keep", "drop"] = "keep"
     # share of the training utterances to hold out as the dev set, recording by recording; 0: the data has a dev split
     dev_share: float = number(0.0, at_most=0.5)

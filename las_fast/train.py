@@ -31,6 +31,7 @@ from las_fast.training.adapt import (
     check_packages,
     describe_warp,
     dev_splits,
+    fit_augment,
     fit_features,
     fit_restarts,
     inherit_lm,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # these import torch, which would slow --help down
     from las_fast.data.dataset import SpeechDataset
     from las_fast.training.trainer import Trainer
 
+CONFIG = "config.yaml"  # settings of a run, in its folder
 WEIGHT_COPIES = 10  # 4 in last.pt, 1 each in best and averaged, and up to 4 more while a file is being replaced
 LOG_BYTES = 2**20  # minimum for the log, curves and pictures
 MAX_CHARS_PER_SECOND = 40  # nobody speaks faster
@@ -77,16 +79,21 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 def starting_settings(options: argparse.Namespace) -> Config:
     """Return the settings of --config, and set options.user_set to the names of the settings that the user has set."""
-    base = None
-    if options.config == FINETUNE:
-        if not options.init:
-            raise InputError(f"--config {FINETUNE} needs --init, the model to start from, such as --init speech13h")
-        from las_fast.checkpoint import load_model
-
-        base = load_model(options.init).config
+    base = finetuned_settings(options) if options.config == FINETUNE else None
     config, user_set = load_settings(options.config, base)
     options.user_set = set(user_set) | ({"features.size", "features.kind"} if base else set())
     return config
+
+
+def finetuned_settings(options: argparse.Namespace) -> Config:
+    """Return the settings that --config finetune starts from: those of --init, or with --resume those of the run."""
+    if options.resume and (options.out / CONFIG).is_file():
+        return load_config(options.out / CONFIG)
+    if not options.init:
+        raise InputError(f"--config {FINETUNE} needs --init, the model to start from, such as --init speech13h")
+    from las_fast.checkpoint import load_model
+
+    return load_model(options.init).config
 
 
 def shown_settings(options: argparse.Namespace) -> Config:
@@ -113,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(config.training.threads)
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
-    config = check(fit_features(config, corpus, options.user_set))
+    config = check(fit_augment(fit_features(config, corpus, options.user_set), corpus, options.user_set))
     check_logmel(config.augment, config.features, corpus.kind)
     describe_warp(config, corpus.kind)
     init = load_init(options, config, corpus)
@@ -127,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         elif init:
             trainer.load_initial_weights(init.model, init.path)
             inherit_lm(init, config, options.out)
-        write_text_atomically(options.out / "config.yaml", to_yaml(config))
+        write_text_atomically(options.out / CONFIG, to_yaml(config))
         print_summary(trainer)
         if trainer.progress.step == trainer.steps and not trainer.validation_due:
             print("this training is complete; nothing is left to do")
@@ -188,7 +195,7 @@ def check_nothing_is_replaced(out: Path) -> None:
     weights = [name for name in (BEST, AVERAGED) if os.path.isfile(out / name)]
     if weights:
         raise InputError(f"--out {out} holds {weights[0]} of another training; choose another --out or remove it")
-    settings = out / "config.yaml"
+    settings = out / CONFIG
     if not os.path.isfile(settings):
         return
     with contextlib.suppress(InputError, OSError, UnicodeDecodeError):
@@ -341,7 +348,8 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
             need_text=True,
         )  # fmt: skip
     if config.data.shared_texts == "drop":
-        train = without_shared_texts(train, dev, config.data.characters)
+        whole, train = train, without_shared_texts(train, dev, config.data.characters)
+        print(f"{name}: {len(whole) - len(train)} utterances left out, whose transcripts overlap with those of dev")
     for label, data in ((name, train), (dev_name, dev)):
         if len(data) == 0:
             raise InputError(f"{label} of {corpus.name} has no usable utterance; give another split or --data")

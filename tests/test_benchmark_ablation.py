@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_corpora import make_manifest
+from tiny_corpora import make_archive, make_manifest
 
 from benchmarks import ablation
+from benchmarks.rows import read_rows
 from las_fast import train
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
@@ -67,36 +68,68 @@ def test_the_manifest_of_some_sources_has_their_training_rows_and_all_of_dev(tmp
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("change", "message"),
     [
-        ("id\tpath\nx\ta.wav\n", "has no rows with path, split and source; give a TSV manifest"),
-        ("", "has no rows with path, split and source"),
-        (
-            "path\tsplit\tsource\na.wav\ttrain\tmine\n",
-            "has no training row of the sources x, y; leave out this variant",
-        ),
+        (("source", "origin"), "is not a manifest of whole recordings with the column source; leave out old-data"),
+        (("made", "other"), "has no utterance of the sources made; leave out old-data"),
     ],
 )
-def test_a_manifest_without_sources_is_a_one_sentence_error(tmp_path, text, message):
-    (tmp_path / "m.tsv").write_text(text)
+def test_a_manifest_without_the_sources_is_a_one_sentence_error(tmp_path, change, message):
+    data = make_manifest(tmp_path)
+    data.write_text(data.read_text().replace(*change))
     with pytest.raises(InputError, match=message):
-        ablation.write_manifest(tmp_path / "m.tsv", tmp_path / "out.tsv", ("x", "y"))
+        ablation.write_manifest(data, tmp_path / "out.tsv", ("made",))
     assert not (tmp_path / "out.tsv").exists()
 
 
-def test_trainings_run_and_are_summarised(tmp_path, monkeypatch, capsys):
-    program = "import sys; print('output of', sys.argv[1])"
-    monkeypatch.setattr(ablation, "command", lambda name, _: [sys.executable, "-c", program, name])
-    row = ["x"] * len(ablation.recognition.COLUMNS)
-    monkeypatch.setattr(ablation.recognition, "summary_row", lambda run, *, what, data: row)
-    ablation.main(
-        ["--data", "m", "--init", "x", "--out", str(tmp_path), "--jobs", "2", "--variants", "whole", "no-warp"]
-    )
-    assert (tmp_path / "no-warp.log").read_text() == "output of no-warp\n"
-    assert capsys.readouterr().out.endswith("no-warp: CER x%, without shifted frequencies\n")
+def test_an_archive_has_no_sources(tmp_path):
+    with pytest.raises(InputError, match="is not a manifest of whole recordings"):
+        ablation.write_manifest(make_archive(tmp_path, "F23"), tmp_path / "out.tsv", ("made",))
 
 
-def test_a_training_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(InputError, match=r"the training whole ended with status 3; .*whole.log says why"):
-        ablation.main(["--data", "m", "--init", "x", "--out", str(tmp_path), "--variants", "whole"])
+@pytest.fixture
+def programs(monkeypatch, tmp_path):
+    """Trainings are small programs: by name, their source. Their summaries are (run, what, data, ...)."""
+    sources = {}
+    monkeypatch.setattr(ablation, "command", lambda name, _: [sys.executable, "-c", sources[name]])
+    monkeypatch.setattr(ablation.recognition, "FILE", tmp_path / "recognition.csv")
+
+    def summary(run, *, what, data):
+        row = dict.fromkeys(ablation.recognition.COLUMNS, "x") | {"run": run.name, "what": what, "data": data}
+        return tuple((row | {"cer_last": "12.34"}).values())
+
+    monkeypatch.setattr(ablation.recognition, "summary_row", summary)
+    return sources
+
+
+def call(tmp_path, *more):
+    ablation.main(["--data", "m", "--init", "x", "--out", str(tmp_path / "runs"), *more])
+
+
+def test_trainings_run_and_are_recorded_once(tmp_path, programs, capsys):
+    programs |= {"whole": "print('first')", "no-warp": "print('second')"}
+    for _ in range(2):
+        call(tmp_path, "--jobs", "2", "--variants", "whole", "no-warp", "--record")
+    assert (tmp_path / "runs" / "no-warp.log").read_text() == "second\nsecond\n"
+    assert capsys.readouterr().out.endswith("no-warp: CER 12.34%, without shifted frequencies\n")
+    rows = read_rows(tmp_path / "recognition.csv")
+    assert [(row["run"], row["what"], row["cer_last"]) for row in rows] == [
+        ("whole", "preset english for 4 epochs: nothing is left out", "12.34"),
+        ("no-warp", "preset english for 4 epochs: without shifted frequencies", "12.34"),
+    ]
+
+
+def test_a_training_that_fails_stops_the_others(tmp_path, programs):
+    begun = tmp_path / "begun"
+    wait = f"import time; open({str(begun)!r}, 'w').close(); time.sleep(600)"
+    fail = f"import os, time\nwhile not os.path.exists({str(begun)!r}): time.sleep(0.01)\nraise SystemExit(3)"
+    queued = f"open({str(tmp_path / 'queued')!r}, 'w')"
+    programs |= {"whole": wait, "no-noise": fail, "no-warp": queued, "no-masks": queued, "no-rooms": queued}
+    with pytest.raises(InputError, match=r"the training no-noise ended with status 3; .*no-noise.log says why"):
+        call(tmp_path, "--jobs", "2", "--variants", *programs)
+    assert not (tmp_path / "recognition.csv").exists()
+
+
+def test_jobs_must_be_at_least_1(tmp_path, programs):
+    with pytest.raises(InputError, match="--jobs must be at least 1; got 0"):
+        call(tmp_path, "--jobs", "0")

@@ -33,7 +33,7 @@ from las_fast.tree import from_tree, to_tree
 
 
 def test_every_preset_loads_and_survives_a_round_trip():
-    assert set(presets()) >= {"tiny", "an4", "speech13h", "hw4p2", "librispeech100"}
+    assert set(presets()) >= {"tiny", "an4", "speech13h", "english", "hw4p2", "librispeech100"}
     for name in presets():
         config = load_config(name)
         assert from_yaml(to_yaml(config), name) == config

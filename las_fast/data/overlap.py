@@ -1,4 +1,4 @@
-"""What two datasets share, recordings, utterances or texts: dev scores on it say nothing about new speech."""
+"""What two datasets share: recordings, utterances or texts. Dev scores on it say nothing about new speech."""
 
 from __future__ import annotations
 
@@ -55,7 +55,12 @@ def file_identity(path: Path) -> tuple:
 
 
 class Excluded:
-    """Sentences that other texts, such as those of a training, must not overlap with."""
+    """Sentences that other texts, such as those of a training, must not overlap with.
+
+    Args:
+        texts:      the sentences.
+        characters: to which they are mapped; the other texts must be in them already.
+    """
 
     def __init__(self, texts: Iterable[str], characters: str):
         mapped = [normalise_text(text, characters) for text in texts]
@@ -63,7 +68,7 @@ class Excluded:
         self.runs = {run for text in mapped for run in word_runs(text)}
 
     def overlaps(self, text: str) -> bool:
-        """Return whether a sentence is one of these, or has COMMON_WORDS words in a row in common with one."""
+        """Return whether a text is one of the sentences, or shares COMMON_WORDS words in a row with one."""
         return " ".join(text.split()) in self.sentences or not self.runs.isdisjoint(word_runs(text))
 
 
@@ -74,11 +79,15 @@ def word_runs(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def without_shared_texts(train: SpeechDataset, dev: SpeechDataset, characters: str) -> SpeechDataset:
-    """Return the training utterances whose transcripts do not overlap with one of dev; `skipped` lists the others.
+    """Return `train` without the utterances whose transcripts overlap with one of dev; these are added to `skipped`.
+
+    Statistics for normalisation "global" become those of the result, also in `dev`.
 
     Raises:
         InputError: none is left.
     """
+    from las_fast.data.normalisation import statistics_of  # imports torch, which would slow `lm --help` down
+
     excluded = Excluded(filter(None, dev.texts), characters)
     shared = np.array([excluded.overlaps(text or "") for text in train.texts], bool)
     if shared.all():
@@ -89,4 +98,6 @@ def without_shared_texts(train: SpeechDataset, dev: SpeechDataset, characters: s
     kept = train.subset(np.flatnonzero(~shared))
     reason = "its transcript overlaps with one of dev (data.shared_texts)"
     kept.skipped = train.skipped + [(train.ids[i], reason) for i in np.flatnonzero(shared)]
+    if train.statistics is not None:
+        kept.statistics = dev.statistics = statistics_of(kept.raw(i) for i in range(len(kept)))
     return kept

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from las_fast.config import Config
 from las_fast.data.corpus import Corpus, role_of
@@ -75,6 +75,21 @@ def fit_features(config: Config, corpus: Corpus, user_set: Collection[str]) -> C
     return replace(config, features=replace(before, size=size, kind=kind))
 
 
+def fit_augment(config: Config, corpus: Corpus, user_set: Collection[str]) -> Config:
+    """Turn off what needs recordings if the corpus is an archive of features, and print what is turned off.
+
+    user_set: names of the settings that the user has set; these do not change, and check_logmel refuses them.
+    """
+    from las_fast.data.degrade import SETTINGS  # imports torch, which would slow --help down
+
+    on = [name for name in SETTINGS if getattr(config.augment, name) > 0 and f"augment.{name}" not in user_set]
+    if corpus.kind == "audio" or not on:
+        return config
+    print(f"augment: {', '.join(on)} need recordings, so they are 0 for this archive of features")
+    off: dict[str, Any] = dict.fromkeys(on, 0.0)
+    return replace(config, augment=replace(config.augment, **off))
+
+
 def describe_warp(config: Config, kind: str) -> None:
     """Print what augment.warp takes the MFCC of an archive for. kind is that of the corpus."""
     features = config.features
@@ -113,7 +128,8 @@ def dev_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
 
 
 def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
-    """Raise InputError if the characters or features of the initial checkpoint differ from those of the training."""
+    """Raise InputError if the initial checkpoint does not fit the training: other characters or features, or layers
+    that the model has not."""
     trained = init.config.features
     if corpus.feature_size not in (None, trained.size):
         raise InputError(
@@ -124,10 +140,14 @@ def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
     if corpus.feature_size is not None:  # the other fields are about computing features, which the archive has
         pairs = {name: pairs[name] for name in ("features.size", "features.normalisation", "features.deltas")}
     pairs["data.characters"] = (init.config.data.characters, config.data.characters)
-    for name, (before, now) in pairs.items():
-        if before != now:
+    before, now = init.config.model.listener, config.model.listener
+    pairs["model.listener.pyramids"] = (before.pyramids, now.pyramids)
+    if before.top_layers > now.top_layers:
+        pairs["model.listener.top_layers"] = (before.top_layers, now.top_layers)
+    for name, (was, wanted) in pairs.items():
+        if was != wanted:
             advice = f"--config {FINETUNE}, which takes its settings"
-            raise InputError(f"--init {init.path} was trained with {name} {before}, not {now}; give {advice}")
+            raise InputError(f"--init {init.path} was trained with {name} {was}, not {wanted}; give {advice}")
 
 
 def inherit_lm(init: Loaded, config: Config, out: Path) -> None:

@@ -1,6 +1,8 @@
-"""Initial weights of a training, from a checkpoint of the same model, or with fewer BiLSTMs or other CTC heads."""
+"""Initial weights of a training, from a checkpoint. The new model may have more BiLSTMs, and CTC heads elsewhere."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,14 +11,20 @@ from las_fast.model.las import LAS
 HEADS = ("ctc", "inner_ctc")
 
 
-def initial_weights(model: LAS, given: LAS) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a state_dict for `model` with the weights of `given`, and the modules that are new, by name.
+class Initial(NamedTuple):
+    """The start of a model."""
 
-    If `model` has more BiLSTMs, those on top are new and keep their weights. A CTC head stays on its BiLSTM: the head
-    of `given` on BiLSTM 1 becomes the inner head of `model`, if that is on BiLSTM 1. A head on a BiLSTM where `given`
-    has none is new. Any other difference stays in the state_dict, for checkpoint.load_weights to refuse.
+    weights: dict[str, Tensor]  # a state_dict
+    new: list[str]  # modules that keep their random weights
+    unused: list[int]  # BiLSTMs of the checkpoint with a CTC head that the model has not
 
-    Training the lower layers first is as in Bengio et al. 2006, "Greedy layer-wise training of deep networks".
+
+def initial_weights(model: LAS, given: LAS) -> Initial:
+    """Return a state_dict for `model` with the weights of `given`.
+
+    BiLSTMs that `given` lacks lie on top and keep the weights of `model`. A CTC head stays on its BiLSTM: the head of
+    `given` on BiLSTM 1 becomes the inner head of `model`, if that is on BiLSTM 1. A head on a BiLSTM where `given` has
+    none keeps the weights of `model`. Any other difference stays in the result, for checkpoint.load_weights to refuse.
     """
     weights, depth = given.state_dict(), len(given.listener.layers)
     new = [f"listener.{part}.{i}" for i in range(depth, len(model.listener.layers)) for part in ("layers", "norms")]
@@ -28,4 +36,6 @@ def initial_weights(model: LAS, given: LAS) -> tuple[dict[str, Tensor], list[str
         elif layer >= 0:
             new.append(name)
     own = model.state_dict().items()
-    return weights | {key: value for key, value in own if key.startswith(tuple(f"{part}." for part in new))}, new
+    weights |= {key: value for key, value in own if key.startswith(tuple(f"{part}." for part in new))}
+    used = {model.ctc_layer, model.inner_ctc_layer}
+    return Initial(weights, new, [layer for layer, head in heads.items() if head is not None and layer not in used])

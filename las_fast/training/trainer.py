@@ -268,15 +268,18 @@ class Trainer(Learner):
                 bar.write(forecast)
 
     def load_initial_weights(self, model: LAS, path: Path) -> None:
-        """Start from the weights of a model of the same sizes, or with fewer BiLSTMs.
+        """Start from the weights of a model of the same sizes, perhaps with fewer BiLSTMs or other CTC heads.
 
-        What `model` lacks keeps its random weights, and is printed. Errors and checkpoints name `path`.
+        Modules that `model` lacks keep their random weights, and their names are printed. Errors and checkpoints name
+        `path`.
         """
-        weights, new = initial_weights(self.model, model)
+        initial = initial_weights(self.model, model)
         for target in filter(None, (self.model, self.averaged)):
-            checkpoint.load_weights(target, weights, path)
-        if new:
-            print(f"weights: {', '.join(new)} are new, the others are those of {path}")
+            checkpoint.load_weights(target, initial.weights, path)
+        if initial.new:
+            print(f"weights: new are {', '.join(initial.new)}; the others are from {path}")
+        for layer in initial.unused:
+            print(f"weights: the CTC head on BiLSTM {layer} of {path} is not used")
         self.source = {**self.source, "init": path.name}
 
     # State on disk

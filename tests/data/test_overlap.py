@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tiny_checkpoints import small
 from tiny_corpora import make_archive, text_array
 
@@ -23,13 +24,14 @@ TRAIN = {  # text: whether it overlaps with one of DEV
 }
 
 
-def load(root, train, *, shared_texts="drop", **data):
+def load(root, train, *, shared_texts="drop", features=None, **data):
     archive = make_archive(root, "F23", utterances={"train-clean-100": len(train), "dev-clean": len(DEV)})
     for split, texts in (("train-clean-100", train), ("dev-clean", DEV)):
         for path, text in zip(sorted((archive / split / "transcripts").glob("*.npy")), texts, strict=True):
             np.save(path, text_array(text, stored_ends=True))
     config = small()
-    config = replace(config, data=replace(config.data, shared_texts=shared_texts, **data))
+    data = replace(config.data, shared_texts=shared_texts, **data)
+    config = replace(config, data=data, features=features or config.features)
     return load_data(config, open_corpus(archive))
 
 
@@ -38,7 +40,9 @@ def test_utterances_with_texts_of_dev_are_left_out(tmp_path, capsys):
     assert train.texts == [text for text, overlaps in TRAIN.items() if not overlaps]
     assert sorted(dev.texts) == sorted(DEV)
     assert len(train.skipped) == 3 and "overlaps with one of dev (data.shared_texts)" in train.skipped[0][1]
-    assert "train-clean-100: 3 utterances, 0.00 hours, 3 left out" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "train-clean-100: 3 utterances left out, whose transcripts overlap with those of dev\n" in out
+    assert "train-clean-100: 3 utterances, 0.00 hours, 3 left out\n" in out
     assert [len(train.raw(i)) for i in range(3)] == train.frame_counts.tolist()
 
 
@@ -56,3 +60,11 @@ def test_it_is_an_error_if_none_is_left(tmp_path):
 def test_the_texts_of_a_held_out_dev_set_count_too(tmp_path):
     train, dev = load(tmp_path, ["HELLO THERE"] * 5 + ["GOOD DAY"], dev="", dev_share=0.3)
     assert (train.texts, set(dev.texts), len(train.skipped)) == (["GOOD DAY"], {"HELLO THERE"}, 3)
+
+
+def test_statistics_are_those_of_what_is_left(tmp_path):
+    features = replace(small().features, normalisation="global")
+    train, dev = load(tmp_path, list(TRAIN), features=features)
+    frames = torch.cat([train.raw(i) for i in range(len(train))]).double()
+    torch.testing.assert_close(train.statistics.mean.double(), frames.mean(0), rtol=1e-5, atol=1e-5)
+    assert dev.statistics is train.statistics

@@ -292,6 +292,7 @@ def test_the_default_listener_reduces_time_eightfold():
     [
         ("tiny", [True, True]),
         ("speech13h", [True] * 4),
+        ("english", [True] * 5),
         ("librispeech100", [True] * 3),
         ("an4", [False] * 3),  # lstm_size 192
         ("hw4p2", [True] * 4),

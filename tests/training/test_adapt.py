@@ -10,7 +10,16 @@ from tiny_checkpoints import MODEL, make_checkpoint
 from tiny_corpora import EDITIONS, make_archive, make_librispeech
 
 from las_fast import lm, train
-from las_fast.config import Config, DecodingConfig, FeatureConfig, TrainingConfig, load_config, load_settings
+from las_fast.config import (
+    Config,
+    DataConfig,
+    DecodingConfig,
+    FeatureConfig,
+    TrainingConfig,
+    load_config,
+    load_settings,
+    to_yaml,
+)
 from las_fast.data.hw4p2 import FEATURE_FOLDERS
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
@@ -66,6 +75,34 @@ def test_the_settings_are_checked_again_with_the_features_of_the_archive(tmp_pat
     with pytest.raises(InputError, match=r"augment.warp needs features.mel_bins \(23\) of at least .*size \(27\)"):
         train.main(arguments("an4", archive, tmp_path / "run", "--augment.warp", "0.1"))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_needs_recordings_is_off_for_an_archive(tmp_path, capsys):
+    archive = open_corpus(make_archive(tmp_path, "S25", utterances=2))
+    config = load_config("english")
+    off = dict.fromkeys(("silence", "room", "noise", "babble", "band_limit"), 0.0)
+    assert adapt.fit_augment(config, archive, ()).augment == replace(config.augment, **off)
+    message = "augment: silence, noise, babble, room, band_limit need recordings, so they are 0 for this archive"
+    assert sorted(capsys.readouterr().out) == sorted(f"{message} of features\n")
+    kept = adapt.fit_augment(config, archive, {"augment.noise"})
+    assert kept.augment == replace(config.augment, **(off | {"noise": config.augment.noise}))
+    audio = open_corpus(make_librispeech(tmp_path / "audio"))
+    capsys.readouterr()
+    for unchanged, corpus in ((config, audio), (load_config("an4"), archive)):
+        assert adapt.fit_augment(unchanged, corpus, ()) == unchanged
+    assert capsys.readouterr().out == ""
+
+
+def test_an_archive_trains_with_a_preset_for_recordings(tmp_path, capsys):
+    archive = make_archive(tmp_path, "S25", utterances=2)
+    extra = ["--model.ctc-layer", "1", "--model.inner-ctc-layer", "0", "--data.shared-texts", "keep"]
+    train.main(arguments("english", archive, tmp_path / "run", *TINY, "--model.listener.conv-kernels", "3",
+                         "--model.listener.conv-strides", "1", "--model.listener.top-layers", "1", *extra))  # fmt: skip
+    assert "need recordings" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match="augment.noise: frames must be log-mel, computed from recordings; got an arch"
+    ):
+        train.main(arguments("hw4p2", archive, tmp_path / "other", "--augment.noise", "0.5"))
 
 
 def test_a_warp_says_what_it_takes_the_archive_for(capsys):
@@ -214,6 +251,43 @@ def test_the_finetune_preset_takes_all_else_from_the_checkpoint(parent):
     assert options.user_set >= {"features.size", "features.kind"}
     with pytest.raises(InputError, match="--config finetune needs --init, the model to start from"):
         train.parse(arguments("finetune", "here", "run"))
+
+
+def test_fine_tuning_does_not_choose_data_as_the_checkpoint_did(tmp_path):
+    data = DataConfig(shared_texts="drop", dev_share=0.2, train=("mine",), dev="")
+    path = make_checkpoint(tmp_path, sections={"data": data, "model": MODEL})
+    _, config = train.parse(arguments("finetune", "here", "run", "--init", str(path)))
+    assert (config.data.shared_texts, config.data.dev_share, config.data.train) == ("keep", 0.0, ())
+
+
+def test_a_resumed_fine_tuning_has_the_settings_of_its_run(tmp_path, parent):
+    run = tmp_path / "run"
+    run.mkdir()
+    begun = replace(train.parse(arguments("finetune", "here", run, "--init", str(parent)))[1], model=replace(MODEL))
+    begun = replace(begun, decoding=DecodingConfig(beam=5))
+    (run / "config.yaml").write_text(to_yaml(begun))
+    for more in (["--init", str(parent)], ["--init", "gone"], []):
+        assert train.parse(arguments("finetune", "here", run, "--resume", *more))[1] == begun
+    assert train.parse(arguments("finetune", "here", run, "--init", str(parent)))[1].decoding.beam == 3
+
+
+@pytest.mark.parametrize(
+    ("listener", "message"),
+    [
+        ({"pyramids": 2}, "model.listener.pyramids 1, not 2"),
+        ({"top_layers": 0}, "model.listener.top_layers 1, not 0"),
+    ],
+)
+def test_a_checkpoint_with_layers_that_the_settings_have_not_is_refused(tmp_path, archive, listener, message):
+    from las_fast.checkpoint import load_model
+
+    given = replace(MODEL, listener=replace(MODEL.listener, pyramids=1, top_layers=1))
+    init = load_model(make_checkpoint(tmp_path, sections={"model": given}))
+    config = replace(init.config, model=replace(given, listener=replace(given.listener, **listener)))
+    with pytest.raises(InputError, match=f"was trained with {message}; give --config finetune, which takes"):
+        adapt.check_init(init, config, open_corpus(archive))
+    deeper = replace(given, listener=replace(given.listener, top_layers=2))
+    adapt.check_init(init, replace(init.config, model=deeper), open_corpus(archive))
 
 
 def test_fine_tuning_keeps_the_language_model_and_validates_the_start(archive, parent, tmp_path, capsys):

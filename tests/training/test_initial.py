@@ -22,8 +22,10 @@ def make_model(top_layers, *, ctc=-1, inner=-1, seed=0, pyramids=1, size=8):
 
 def grow(given, **settings):
     model = make_model(**settings, seed=1)
-    weights, new = initial_weights(model, given)
+    weights, new, unused = initial_weights(model, given)
     load_weights(model, weights, "given")
+    used = {model.ctc_layer, model.inner_ctc_layer}
+    assert unused == [layer for layer in (given.ctc_layer, given.inner_ctc_layer) if layer >= 0 and layer not in used]
     return model, new
 
 
@@ -94,10 +96,14 @@ def test_a_training_grows_a_model_and_its_average_alike(tmp_path, capsys):
     config = small(model=replace(MODEL, listener=replace(MODEL.listener, top_layers=1)))
     trainer = make_trainer(archive, tmp_path / "run", config)
     torch.manual_seed(5)
-    given = LAS(MODEL, input_size=28, vocabulary_size=trainer.model.vocabulary_size)
+    given = LAS(replace(MODEL, ctc_layer=1), input_size=28, vocabulary_size=trainer.model.vocabulary_size)
     trainer.load_initial_weights(given, tmp_path / "given.safetensors")
-    assert "weights: listener.layers.2, listener.norms.2 are new, the others are those of" in capsys.readouterr().out
+    assert "weights: new are listener.layers.2, listener.norms.2; the others are from" in (
+        out := capsys.readouterr().out
+    )
+    assert f"weights: the CTC head on BiLSTM 1 of {tmp_path / 'given.safetensors'} is not used" in out
     averaged, taken = trainer.averaged.state_dict(), given.state_dict()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, averaged[name])
         assert name.startswith(("listener.layers.2", "listener.norms.2")) or torch.equal(value, taken[name])
+    assert not any(name.startswith("ctc") for name in averaged)
