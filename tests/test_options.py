@@ -14,7 +14,7 @@ from las_fast.options import SYNONYMS, Parser, as_path, as_recording, parse_sett
 
 COMMANDS = (
     *("train", "decode", "transcribe", "lm", "tune", "export", "report", "attention", "demo", "doctor"),
-    *("ops.__main__", "data.spoken"),
+    *("ops.__main__", "data.spoken", "data.kokoro"),
 )
 
 
@@ -40,7 +40,7 @@ def test_every_command_names_the_nearest_option(capsys, name, argv):
     assert error_of(capsys, main, argv) == "there is no option --hlep; the nearest is --help"
 
 
-@pytest.mark.parametrize("name", ["train", "decode", "lm", "tune", "export", "data.spoken"])
+@pytest.mark.parametrize("name", ["train", "decode", "lm", "tune", "export", "data.spoken", "data.kokoro"])
 def test_every_command_names_missing_options(capsys, name):
     main = importlib.import_module(f"las_fast.{name}").main
     assert error_of(capsys, main, []).endswith(" must be given; see --help")
