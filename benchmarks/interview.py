@@ -29,6 +29,7 @@ from las_fast.config import VADS
 from las_fast.data.audio import load_utterance
 from las_fast.data.corpus import Utterance
 from las_fast.errors import InputError
+from las_fast.files import DEFAULT_MODEL
 from las_fast.output.metrics import score
 from las_fast.output.subtitles import MAX_PAUSE, MAX_SECONDS, MIN_SECONDS, Cue, SubtitleSize, make_cues
 from las_fast.output.transcripts import Word
@@ -103,7 +104,7 @@ def utterances_per_cue(cues: list[Cue], bounds: list[tuple]) -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.interview", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add_split_options(parser, FILE, checkpoint="speech13h")
+    add_split_options(parser, FILE, checkpoint=DEFAULT_MODEL)
     parser.add_argument("--source", default="librispeech", help="text in the paths of the utterances to use")
     parser.add_argument("--minutes", type=float, default=10, help="minimum duration of the interview (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the pauses (default: 0)")

@@ -1,6 +1,6 @@
 """Fit the error rate as a function of the hours of training speech, and predict it for more hours.
 
-    python -m benchmarks.learning_curve runs/1h runs/3h runs/6h speech13h --data ROOT [--record]
+    python -m benchmarks.learning_curve runs/1h runs/3h runs/6h runs/12h --data ROOT [--record]
     python -m benchmarks.learning_curve
 
 The checkpoints differ in data.hours, and in epochs so that each is trained long enough. The first form decodes the dev
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rows import RESULTS, append_rows, context, read_rows
-from las_fast.checkpoint import Loaded, load_model
+from las_fast.checkpoint import Loaded, current_name, load_model
 from las_fast.cli import run
 from las_fast.data.corpus import Corpus
 from las_fast.data.layouts import open_corpus
@@ -144,7 +144,9 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning_curve", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoints", nargs="*", help="run folders, checkpoint files or released names")
+    parser.add_argument(
+        "checkpoints", nargs="*", type=current_name, help="run folders, checkpoint files or released names"
+    )
     parser.add_argument("--data", help="corpus of the dev split, as for las_fast.decode")
     parser.add_argument("--record", action="store_true", help=f"append the rows to benchmarks/results/{FILE.name}")
     options = parser.parse_args(argv)

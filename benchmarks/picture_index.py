@@ -12,16 +12,16 @@ OTHERS = {
         "and the released model.",
         "`python -m benchmarks.attention RUN@1 RUN@5 RUN@12 an4 --data AN4 --utterance 1 --out FILE`",
     ),
-    "attention-speech13h.png": (
-        "Attention of the released `speech13h` on a dev utterance, below its spectrogram.",
-        "`python -m las_fast.attention --checkpoint speech13h --data SPEECH --utterance so-012600177 --out FILE`",
+    "attention-english.png": (
+        "Attention of the released `english` on a dev utterance, below its spectrogram.",
+        "`python -m las_fast.attention --checkpoint english --data SPEECH --utterance 2830-3980-0044 --out FILE`",
     ),
     "beam-threshold.png": (
         "Change of the dev CER over the speed of the search, for values of `decoding.beam_threshold`.",
         "`python -m benchmarks.beam_threshold`",
     ),
     "learning-curve.png": (
-        "Dev CER of `speech13h` over hours of training speech, measured up to 12.4 and predicted up to 460.",
+        "Dev CER of the preset `speech13h` over hours of training speech, measured up to 12.4 and predicted up to 460.",
         "`python -m benchmarks.learning_curve`",
     ),
     "monitor.png": (

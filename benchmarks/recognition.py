@@ -147,6 +147,7 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
         axes.set_xlabel("epoch")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "25" else "")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("dev loss per token, teacher-forced")
     for verdict, colour in VERDICT_COLOURS.items():

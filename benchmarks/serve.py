@@ -35,8 +35,10 @@ import soundfile
 
 import las_fast
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
+from las_fast.checkpoint import current_name
 from las_fast.cli import run
 from las_fast.errors import InputError
+from las_fast.files import DEFAULT_MODEL
 
 FILE = RESULTS / "serve.csv"
 COLUMNS = (*CONTEXT, "load", "checkpoint", "clients", "quantity", "value", "unit")
@@ -270,7 +272,9 @@ def stress(service: Service, files: list[bytes], texts: list[str], requests: int
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder of recordings")
-    parser.add_argument("--checkpoint", default="speech13h", help="run folder, file or released model")
+    parser.add_argument(
+        "--checkpoint", default=DEFAULT_MODEL, type=current_name, help="run folder, file or released model"
+    )
     parser.add_argument("--requests", type=int, default=1000, help="requests of the mixed load (default: 1000)")
     parser.add_argument("--clients", type=int, default=50, help="clients at once (default: 50)")
     parser.add_argument("--record", action="store_true", help=f"append the rows to {FILE.name}")

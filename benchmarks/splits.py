@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from las_fast.checkpoint import current_name
 from las_fast.data.corpus import Utterance
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
@@ -30,7 +31,7 @@ def add_split_options(
     if several:
         add_checkpoints_option(parser)
     else:
-        add("--checkpoint", required=required and checkpoint is None, default=checkpoint,
+        add("--checkpoint", required=required and checkpoint is None, default=checkpoint, type=current_name,
             help="run folder, checkpoint file or released name")  # fmt: skip
     add("--data", required=required, help="corpus, as for las_fast.decode")
     add("--split", default="dev", help="split to decode (default: dev)")
@@ -40,7 +41,8 @@ def add_split_options(
 def add_checkpoints_option(parser: argparse.ArgumentParser) -> None:
     """Add --checkpoint, a list of one or several."""
     text = "run folder, checkpoint file or released name; several are compared, the last with the first"
-    parser.add_argument("--checkpoint", required=True, nargs="+", action="extend", metavar="RUN|FILE|NAME", help=text)
+    parser.add_argument("--checkpoint", required=True, nargs="+", action="extend", type=current_name,
+                        metavar="RUN|FILE|NAME", help=text)  # fmt: skip
 
 
 def add_every_option(parser: argparse.ArgumentParser, *, only: str = "") -> None:

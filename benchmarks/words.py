@@ -1,6 +1,6 @@
 """Measure word times and confidences, and fit the confidences of a checkpoint.
 
-    python -m benchmarks.words times --checkpoint speech13h --data SPEECH [--record]
+    python -m benchmarks.words times --checkpoint english --data SPEECH [--record]
     python -m benchmarks.words confidence --checkpoint NAME --data ROOT [--record]
     python -m benchmarks.words cross --checkpoint NAME --data ROOT [--prior NAME] [--record]
     python -m benchmarks.words fit --checkpoint NAME --data ROOT --out NAME.words.json [--text SOURCE...] [--prior NAME]

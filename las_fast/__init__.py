@@ -2,7 +2,7 @@
 
     import las_fast
 
-    model = las_fast.load("speech13h")
+    model = las_fast.load("english")
     print(model.transcribe("talk.mp3").text)
 
 The import is fast: torch is imported when a name that needs it is first used.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from las_fast.cli import run
 from las_fast.errors import InputError, show
-from las_fast.files import prepare_output_file, write_atomically
+from las_fast.files import DEFAULT_MODEL, prepare_output_file, write_atomically
 from las_fast.options import Parser, add_beam_options, as_file, as_path, as_recording, check_beam_options
 
 if TYPE_CHECKING:  # importing torch would slow down --help
@@ -52,7 +52,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)"
+        "--checkpoint", metavar="RUN|FILE|NAME", help=f"run folder, file or released model (default: {DEFAULT_MODEL})"
     )
     parser.add_argument("file", nargs="?", type=as_recording, metavar="FILE", help="recording: wav, flac, ogg or mp3")
     parser.add_argument("--data", type=as_path, metavar="ROOT", help="instead of FILE: corpus with --utterance")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -19,8 +20,17 @@ from safetensors.torch import save, save_file
 
 from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.normalisation import Statistics
-from las_fast.errors import InputError, is_out_of_memory
-from las_fast.files import AVERAGED, BEST, LAST, nearest_path_hint, utf8_path, write_atomically, write_tensors
+from las_fast.errors import FormerNameWarning, InputError, is_out_of_memory
+from las_fast.files import (
+    AVERAGED,
+    BEST,
+    FORMER_NAMES,
+    LAST,
+    nearest_path_hint,
+    utf8_path,
+    write_atomically,
+    write_tensors,
+)
 from las_fast.model.las import LAS
 from las_fast.text import Vocabulary
 
@@ -69,6 +79,17 @@ def released_models() -> list[str]:
     return sorted(p.stem for p in RELEASED.glob("*.safetensors") if not p.name.endswith(".lm.safetensors"))
 
 
+def current_name(name: str) -> str:
+    """Return the name of a released model. A former name that is not a file gives its successor, with a
+    FormerNameWarning."""
+    successor = FORMER_NAMES.get(name, name)
+    if successor == name or successor not in released_models() or Path(name).exists():
+        return name
+    message = f"{name} was replaced by {successor}, which gives other texts; give {successor}"
+    warnings.warn(message, FormerNameWarning, stacklevel=5)  # the caller of las_fast.load
+    return successor
+
+
 def find_checkpoint(name: str | Path) -> Path:
     """Return the file of a checkpoint, given as a file, a run folder (its best checkpoint), or a released model.
 
@@ -87,12 +108,14 @@ def find_checkpoint(name: str | Path) -> Path:
         )
     if path.is_file():
         return path
-    released = released_models()
-    if str(name) in released:
-        return RELEASED / f"{name}.safetensors"
+    released, current = released_models(), current_name(str(name))
+    if current in released:
+        return RELEASED / f"{current}.safetensors"
     known = f"; released models: {', '.join(released)}" if released else ""
-    near = difflib.get_close_matches(str(name), released, 1)
-    advice = f"; the nearest is {near[0]}" if near else nearest_path_hint(path, fits=may_hold_checkpoint)
+    former = {name: successor for name, successor in FORMER_NAMES.items() if successor in released}
+    near = difflib.get_close_matches(str(name), [*released, *former], 1)
+    hint = nearest_path_hint(path, fits=may_hold_checkpoint)
+    advice = f"; the nearest is {former.get(near[0], near[0])}" if near else hint
     raise InputError(f"checkpoint {name} is neither a run folder nor a file{known}{advice}")
 
 

@@ -12,7 +12,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from las_fast.errors import JSON_ESCAPES, InputError, SlowPathWarning, Stopped, explain_error, mute, print_error, show
+from las_fast.errors import (
+    JSON_ESCAPES,
+    FormerNameWarning,
+    InputError,
+    SlowPathWarning,
+    Stopped,
+    explain_error,
+    mute,
+    print_error,
+    show,
+)
 from las_fast.progress import close_all, write
 from las_fast.system import tune_memory
 
@@ -145,11 +155,11 @@ def stop_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Inside the `with` block, a SlowPathWarning is printed in one line, without a place in the code."""
+    """Inside the `with` block, a warning of las_fast is printed in one line, without a place in the code."""
     usual = warnings.showwarning
 
     def show_warning(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
-        if issubclass(category, SlowPathWarning):
+        if issubclass(category, (SlowPathWarning, FormerNameWarning)):
             write(f"warning: {message}", file=sys.stderr)
         else:
             usual(message, category, *place, **options)

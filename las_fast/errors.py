@@ -29,6 +29,10 @@ class SlowPathWarning(RuntimeWarning):
     """las_fast runs on slower paths than this machine allows; the message says why, and what to do."""
 
 
+class FormerNameWarning(UserWarning):
+    """A released model was asked for by a former name; the model that replaced it is used."""
+
+
 class Stopped(KeyboardInterrupt):
     """The program received a stop signal other than Ctrl-C; `signum` is its number."""
 

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from las_fast.errors import JSON_ESCAPES, InputError, is_out_of_memory
 
 BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"  # in a run folder
+DEFAULT_MODEL = "english"  # the released model of commands without --checkpoint
+FORMER_NAMES = {"speech13h": "english"}  # of released models, with the models that replace them
 NAME_MAX = 255  # bytes of a file name on most file systems
 FIRST_LINE_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file

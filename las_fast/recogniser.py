@@ -1,6 +1,6 @@
 """The Python API: a trained model that transcribes recordings and decodes features. The commands use it too.
 
-model = las_fast.load("speech13h")
+model = las_fast.load("english")
 print(model.transcribe("talk.mp3").text)
 """
 
@@ -71,7 +71,7 @@ def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogni
     """Load a trained model.
 
     Args:
-        checkpoint: name of a released model ("speech13h", "an4"), run folder, or checkpoint file.
+        checkpoint: name of a released model ("english", "an4"), run folder, or checkpoint file.
         device:     "cpu", "cuda", "cuda:1", or "auto": CUDA if available, else the CPU.
 
     Raises:

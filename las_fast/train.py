@@ -90,7 +90,7 @@ def finetuned_settings(options: argparse.Namespace) -> Config:
     if options.resume and (options.out / CONFIG).is_file():
         return load_config(options.out / CONFIG)
     if not options.init:
-        raise InputError(f"--config {FINETUNE} needs --init, the model to start from, such as --init speech13h")
+        raise InputError(f"--config {FINETUNE} needs --init, the model to start from, such as --init english")
     from las_fast.checkpoint import load_model
 
     return load_model(options.init).config

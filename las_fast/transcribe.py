@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from las_fast.cli import require_stdout, run
 from las_fast.config import VADS
 from las_fast.errors import BadRecording, InputError, show
-from las_fast.files import KNOWN_SUFFIXES, make_folder, may_be_file_name
+from las_fast.files import DEFAULT_MODEL, KNOWN_SUFFIXES, make_folder, may_be_file_name
 from las_fast.options import Parser, add_beam_options, as_output, as_recording, check_beam_options
 from las_fast.output.formats import FORMATS, STYLE_OPTIONS, SUFFIXES, Style, Use, suffix_list, unused_option
 from las_fast.output.subtitles import SubtitleSize
@@ -63,7 +63,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("files", nargs="+", type=as_recording, metavar="FILE",
         help="recordings, folders of recordings, or patterns such as 'talks/*.mp3'; - is standard input")  # fmt: skip
-    add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)")
+    add("--checkpoint", metavar="RUN|FILE|NAME", help=f"run folder, file or released model (default: {DEFAULT_MODEL})")
     add("--format", choices=FORMATS, type=str.lower,
         help="json has a line per recording, tsv per segment, ctm per word; textgrid is for Praat "
         "(default: that of --out FILE, else text)")  # fmt: skip
@@ -302,7 +302,7 @@ def released_model() -> str:
     names = released_models()
     if not names:
         raise InputError("this installation has no released model; give --checkpoint and a run folder")
-    return "speech13h" if "speech13h" in names else names[0]
+    return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_joined_speech_starts_where_it_says():
 
 
 def test_known_words_start_within_60_ms_in_synthetic_speech():
-    model = Recogniser(load_model("speech13h"), torch.device("cpu"))
+    model = Recogniser(load_model("english"), torch.device("cpu"))
     texts = ["THE GREEN HORSE SLEEPS UNDER THE TREE", "MY BROTHER FOUND THE OLD HOUSE", "WAIT FIVE MINUTES PLEASE",
              "THE BLACK DOG RUNS BY THE RIVER", "WE NEED BREAD AND WATER", "MY MOTHER LIKES THE BIRD"]  # fmt: skip
     recordings = list(command.synthetic_recordings(texts, CONFIG))

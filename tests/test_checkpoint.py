@@ -3,16 +3,20 @@
 import pickle
 import re
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import las_fast
 from las_fast.checkpoint import build_model, find_checkpoint, load_model, load_state, save_model, save_state
+from las_fast.cli import plain_warnings
 from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.normalisation import Statistics
-from las_fast.errors import InputError
+from las_fast.errors import FormerNameWarning, InputError
+from las_fast.search.ngram import find_lm
 
 CONFIG = Config(
     features=FeatureConfig(size=5, normalisation="global"),
@@ -73,9 +77,9 @@ def test_weights_have_the_default_file_permissions(saved):
         ("runs/beste.safetensors", "; the nearest is {}/runs/best.safetensors"),
         ("runs/x/y", "; {}/runs exists, but has no x"),
         ("runz", "; the nearest is {}/runs"),
-        ("english", "; released models: an4, speech13h"),
-        ("nosuch", "; released models: an4, speech13h"),
-        ("nosuch.safetensors", "; released models: an4, speech13h"),
+        ("nosuch", "; released models: an4, english"),
+        ("nosuch.safetensors", "; released models: an4, english"),
+        ("speech13", "; the nearest is english"),
     ],
 )
 def test_a_missing_checkpoint_has_a_hint_to_the_nearest(tmp_path, monkeypatch, name, advice):
@@ -87,6 +91,38 @@ def test_a_missing_checkpoint_has_a_hint_to_the_nearest(tmp_path, monkeypatch, n
         (tmp_path / other).touch()
     with pytest.raises(InputError, match=re.escape(advice.format(tmp_path)) + "$"):
         find_checkpoint(name)
+
+
+def test_a_former_name_gives_the_newer_model_and_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(
+        FormerNameWarning, match="speech13h was replaced by english, which gives other texts; give english"
+    ):
+        assert find_checkpoint("speech13h") == find_checkpoint("english")
+    with pytest.warns(FormerNameWarning):
+        assert find_lm("speech13h", Path("none")) == find_lm("english", Path("none"))
+    Path("speech13h").touch()  # a file of that name comes first
+    assert find_checkpoint("speech13h") == Path("speech13h") and find_lm("speech13h", Path("none")) == Path("speech13h")
+
+
+def test_a_former_name_without_its_successor_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr("las_fast.checkpoint.RELEASED", tmp_path)
+    with pytest.raises(InputError, match="checkpoint speech13h is neither a run folder nor a file$"):
+        find_checkpoint("speech13h")
+
+
+def test_the_warning_of_a_former_name_is_about_the_callers_line():
+    with pytest.warns(FormerNameWarning) as caught:
+        las_fast.load("speech13h", device="cpu")
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_command_prints_the_warning_of_a_former_name_in_one_line(capsys):
+    with plain_warnings():
+        find_checkpoint("speech13h")
+    assert capsys.readouterr().err == (
+        "warning: speech13h was replaced by english, which gives other texts; give english\n"
+    )
 
 
 @pytest.mark.parametrize("load", [load_model, load_state])

@@ -33,7 +33,7 @@ def run_doctor(code=""):
 def test_every_area_is_reported():
     states, _ = run_doctor()
     assert list(states) == list(doctor.CHECKS)
-    assert states["torch"].startswith(torch.__version__) and states["las_fast"].endswith("an4 and speech13h")
+    assert states["torch"].startswith(torch.__version__) and states["las_fast"].endswith("an4 and english")
     assert "could not" not in "".join(states.values()) and "unknown" not in "".join(states.values())
 
 

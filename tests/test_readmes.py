@@ -208,10 +208,10 @@ def test_the_readmes_presets_and_sizes_are_correct():
     from las_fast.model.las import LAS
     from las_fast.text import Vocabulary
 
-    config = load_config("speech13h")
+    config = load_config("english")
     model = LAS(config.model, input_size=config.features.input_size, vocabulary_size=len(Vocabulary()))
     million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    assert f"speech13h, {million:.1f} M parameters" in README
+    assert f"english, {million:.1f} M parameters" in README
     assert model.time_reduction == 4 and "(B, T/4, 512)" in README
     assert f"(B, K, {len(Vocabulary())})" in README
 

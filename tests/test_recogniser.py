@@ -264,7 +264,7 @@ def test_a_closed_file_is_a_one_sentence_error(workspace, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("speech13",), "checkpoint speech13 is neither a run folder nor a file; .*; the nearest is speech13h"),
+        (("englis",), "checkpoint englis is neither a run folder nor a file; .*; the nearest is english"),
         ((None,), "a checkpoint is the name of a released model or a path; got None"),
         (("an4", "cuda:77"), "device=cuda:77: there is no such device here; this machine has cpu"),
     ],

@@ -694,7 +694,7 @@ def test_surrounding_silence_hardly_raises_the_released_models_cer(shared, capsy
         silence = level * generator.normal(size=(2, 4 * RATE))
         soundfile.write(tmp_path / f"{k}-bare.wav", speech, RATE)
         soundfile.write(tmp_path / f"{k}-silent.wav", np.concatenate([silence[0], speech, silence[1]]), RATE)
-    main([*map(str, tmp_path.iterdir()), "--checkpoint", "speech13h", "--format", "json", "--device", "cpu"])
+    main([*map(str, tmp_path.iterdir()), "--checkpoint", "english", "--format", "json", "--device", "cpu"])
     recognised = {Path(row["file"]).stem: row["text"] for row in map(json.loads, capsys.readouterr().out.splitlines())}
     texts = [[recognised[f"{k}-{kind}"] for k in range(len(rows))] for kind in ("bare", "silent")]
     bare, silent = (score([row["transcript"] for row in rows], actual).cer for actual in texts)
@@ -709,17 +709,17 @@ def test_the_released_model_transcribes_noise_as_empty(capsys, tmp_path):
     for name, sound in sounds.items():
         for db in (-60, -20):
             soundfile.write(tmp_path / f"{name}{db}.wav", 10 ** (db / 20) * sound, RATE, subtype="FLOAT")
-    main([*map(str, tmp_path.iterdir()), "--checkpoint", "speech13h", "--format", "json", "--device", "cpu"])
+    main([*map(str, tmp_path.iterdir()), "--checkpoint", "english", "--format", "json", "--device", "cpu"])
     rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
     assert len(rows) == 8 and not any(row["text"] for row in rows)
 
 
-def test_the_default_model_is_speech13h_or_the_only_one(tmp_path, monkeypatch, capsys):
+def test_the_default_model_is_english_or_the_only_one(tmp_path, monkeypatch, capsys):
     from las_fast import checkpoint
 
     monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)
     with pytest.raises(InputError, match="no released model; give --checkpoint"):
         module.released_model()
-    for name in ("an4", "speech13h"):
+    for name in ("an4", "english"):
         (tmp_path / f"{name}.safetensors").touch()
         assert module.released_model() == name

@@ -4,8 +4,8 @@
 
 A word is right if the Levenshtein alignment of the words pairs it with an equal word of the reference. The weights are
 fitted on a development set by `python -m benchmarks.words fit`, separately for beam search and for greedy search, and
-lie next to a checkpoint as NAME.words.json. Other checkpoints use default.words.json, fitted on the model speech13h.
-A feature that is not available, such as CTC's without a CTC head, takes its mean.
+lie next to a checkpoint as NAME.words.json. Other checkpoints use default.words.json, fitted on the model speech13h of
+version 0.3. A feature that is not available, such as CTC's without a CTC head, takes its mean.
 """
 
 from __future__ import annotations

@@ -300,7 +300,7 @@ def find_lm(lm: str | None, checkpoint: Path, option: str = "--lm ") -> Path | N
     Returns None if lm is None and the checkpoint has no language model. `option` is the text before the name in errors.
     Raises InputError for an unknown name.
     """
-    from las_fast.checkpoint import RELEASED
+    from las_fast.checkpoint import RELEASED, current_name
 
     if lm is None:
         path = lm_path_for(checkpoint)
@@ -308,7 +308,7 @@ def find_lm(lm: str | None, checkpoint: Path, option: str = "--lm ") -> Path | N
     if Path(lm).is_file():
         return Path(lm)
     released = {path.name.removesuffix(".lm.safetensors"): path for path in RELEASED.glob("*.lm.safetensors")}
-    if lm not in released:
+    if (name := current_name(lm)) not in released:
         known = f", nor one of the released models: {', '.join(sorted(released))}" if released else ""
         raise InputError(f"{option}{lm} is not a file{known}; make one with python -m las_fast.lm")
-    return released[lm]
+    return released[name]

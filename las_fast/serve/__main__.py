@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from las_fast.cli import run
 from las_fast.config import VADS
 from las_fast.errors import InputError, print_error, show
+from las_fast.files import DEFAULT_MODEL
 from las_fast.options import Parser, add_beam_options, check_beam_options
 from las_fast.output.transcripts import MIN_SPEECH_SCORE
 from las_fast.serve.limits import add_options, parse_limits
@@ -39,7 +40,7 @@ def parser() -> Parser:
         prog="python -m las_fast.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)")
+    add("--checkpoint", metavar="RUN|FILE|NAME", help=f"run folder, file or released model (default: {DEFAULT_MODEL})")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is reachable from other machines, without "
         "passwords or encryption (default: 127.0.0.1)")  # fmt: skip
     add("--port", type=int, default=8000, help="port to listen on; 0 chooses a free one (default: 8000)")

@@ -40,7 +40,7 @@ def talk(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service():
-    with running(las_fast.load("speech13h", device="cpu"), name="speech13h", nbest=3) as one:
+    with running(las_fast.load("english", device="cpu"), name="english", nbest=3) as one:
         yield one
 
 
@@ -109,7 +109,7 @@ def test_an_upload_shows_the_text_of_the_python_api(transcribed, service, talk):
     texts = ["".join(f"{word.text} " for word in row.find_elements(By.CSS_SELECTOR, ".word")).strip()
              for row in transcribed.find_elements(By.CSS_SELECTOR, "#segments > li")]  # fmt: skip
     assert texts == [segment.text for segment in service.service.model.transcribe(talk).segments]
-    assert "model speech13h" in one(transcribed, "#model").text
+    assert "model english" in one(transcribed, "#model").text
 
 
 def test_a_click_on_a_word_plays_it(transcribed):
@@ -163,7 +163,7 @@ def test_other_texts_and_the_attention_are_shown(transcribed):
 def test_an_m4a_is_sent_as_it_is_to_a_service_with_pyav(page, talk, tmp_path):
     samples, rate = soundfile.read(talk, dtype="float32")
     encode(tmp_path / "talk.m4a", samples, "aac", rate)
-    wait(page, lambda page: "speech13h" in one(page, "#model").text)
+    wait(page, lambda page: "english" in one(page, "#model").text)
     page.execute_script("""
         const send = window.fetch;
         window.fetch = (url, options) => (window.sent = options.body.get("file").name, send(url, options))""")
