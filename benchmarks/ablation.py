@@ -83,15 +83,9 @@ def command(name: str, options: argparse.Namespace) -> list[str]:
     if variant.sources:
         data = write_manifest(data, options.out / f"{name}.tsv", variant.sources)
     words = [sys.executable, "-m", "las_fast.train", "--config", CONFIG, "--data", str(data), "--out", str(folder)]
-    words += [
-        "--init",
-        options.init,
-        "--training.epochs",
-        str(options.epochs),
-        "--training.threads",
-        str(options.threads),
-    ]
-    words += ["--training.validate-every", str(options.epochs), *variant.settings.split()]
+    epochs = str(options.epochs)
+    words += ["--init", options.init, "--training.epochs", epochs, "--training.validate-every", epochs]
+    words += ["--training.threads", str(options.threads), *variant.settings.split()]
     return [*words, "--resume"] if (folder / LAST).is_file() else words
 
 
