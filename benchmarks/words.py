@@ -52,9 +52,9 @@ from las_fast.data.features import compute_features, frame_sizes, logmel_config
 from las_fast.data.layouts import open_corpus
 from las_fast.data.silence import band_energy, true_runs
 from las_fast.data.spoken import plan
+from las_fast.data.texts import read_texts
 from las_fast.errors import InputError
 from las_fast.files import prepare_output_file
-from las_fast.lm import read_texts
 from las_fast.output.transcripts import Word
 from las_fast.recogniser import Recogniser
 from las_fast.search.confidence import (

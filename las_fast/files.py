@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -126,6 +127,27 @@ def make_folder(path: Path, option: str) -> None:
         raise InputError(f"{option}: the folder {path} cannot be created ({reason}); choose another") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"{option}: the folder {path} is not writable; choose another")
+
+
+@contextlib.contextmanager
+def lock_folder(path: Path, what: str) -> Iterator[None]:
+    """Make the folder of --out, and lock it in the `with` block; raise InputError if another process has locked it.
+
+    what: what writes into the folder, for errors: "training".
+    """
+    make_folder(path, "--out")
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise InputError(f"another {what} is writing into {path}; wait for it or choose another --out") from None
+    except OSError:  # the file system has no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def prepare_output_file(

@@ -37,12 +37,14 @@ import numpy as np
 
 from las_fast.cli import run
 from las_fast.data.overlap import COMMON_WORDS, Excluded
+from las_fast.data.texts import map_text, read_excluded, read_texts
 from las_fast.errors import InputError
 from las_fast.files import prepare_output_file
 from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import track
 from las_fast.search.density_ratio import subtract
 from las_fast.search.kneser_ney import (
+    PRUNED_FROM,
     Counts,
     check_order,
     count_ngrams,
@@ -53,7 +55,7 @@ from las_fast.search.kneser_ney import (
     perplexity,
 )
 from las_fast.search.ngram import DEFAULT_ORDER, MAX_SUBTRACTED, LanguageModel, is_lm, save_lm
-from las_fast.text import CHARACTERS, SOS, Vocabulary, has_lost_digits, normalise_text
+from las_fast.text import CHARACTERS, SOS, Vocabulary
 
 HELD_OUT_ONE_IN = 20  # one sentence in 20 is held out to measure the perplexity
 SENTENCES_PER_PASS = 20000  # encoded at once
@@ -80,39 +82,6 @@ def train(
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
-
-
-def read_texts(source: Path, split: str = "", *, option: str = "--split") -> Iterator[str]:
-    """Yield the unmodified sentences of a file or folder; the module docstring lists the layouts.
-
-    split: of an archive, a LibriSpeech folder or a manifest; empty: all of its training splits.
-    option: that names the split, for errors.
-    """
-    from las_fast.data import folders, hw4p2, kaldi, librispeech, plain_text, tables
-
-    if source.is_dir() and (arrays := folders.list_files(source, {".npy"})):
-        yield from map(hw4p2.read_transcript, arrays)
-    elif kaldi.is_text(source):
-        yield from (text for _, _, text in kaldi.read_table(source))
-    elif source.is_dir() or source.suffix.lower() in tables.SUFFIXES:
-        yield from _read_corpus(source, split, option)
-    elif source.name.lower().endswith(".trans.txt"):
-        yield from (text for _, text in librispeech.read_transcripts(source))
-    else:
-        plain_text.check_signature(source)
-        yield from plain_text.sentences(source, folders.read_lines(source))
-
-
-def _read_corpus(root: Path, split: str, option: str) -> Iterator[str]:
-    from las_fast.data.hw4p2 import read_transcript
-    from las_fast.data.layouts import open_corpus
-
-    corpus = replace(open_corpus(root), split_options=option)
-    for name in corpus.resolve(split or "train"):
-        for utterance in corpus.utterances(name):
-            text = utterance.transcript
-            if text is not None:
-                yield read_transcript(text) if isinstance(text, Path) else text
 
 
 class Sentences:
@@ -158,25 +127,6 @@ class Sentences:
         reasons += [f"{self.overlapping} overlap with the texts of --exclude"] if self.overlapping else []
         advice = "give other text, or --characters" if unmapped else "give other text"
         raise InputError(f"no sentence of {sources} can be used: {', and '.join(reasons)}; {advice}")
-
-
-def map_text(text: str, characters: str) -> str | None:
-    """Return a sentence in these characters; None if it has digits, whose spoken form is unknown."""
-    text = text.strip()
-    if has_lost_digits(text, characters):
-        return None
-    return text if set(characters).issuperset(text) else normalise_text(text, characters)
-
-
-def read_excluded(sources: list[Path], split: str, characters: str) -> Excluded | None:
-    """Read the texts of --exclude; None if there are none. Raises InputError if one has no sentence."""
-    texts = []
-    for source in sources:
-        sentences = list(read_texts(source, split, option="--exclude-split"))
-        if not any(normalise_text(text, characters) for text in sentences):
-            raise InputError(f"there is no sentence in {source}; give --exclude texts with one sentence per line")
-        texts += sentences
-    return Excluded(texts, characters) if texts else None
 
 
 def encode_held_out(sentences: Iterable[tuple[str, int]], characters: str) -> tuple[Tokens, Tokens]:
@@ -289,6 +239,11 @@ def check_options(options: argparse.Namespace, V: int) -> None:
     check_order(options.order, V)
     if options.prune < 1:
         raise InputError(f"--prune must be at least 1; got {options.prune}")
+    if options.prune > 1 and options.order < PRUNED_FROM:
+        raise InputError(
+            f"--prune {options.prune} has no effect on a model of order {options.order}: only n-grams of {PRUNED_FROM} "
+            "and more characters are left out; drop it, or give a higher --order"
+        )
     if options.weights and len(options.weights) != len(options.texts):
         raise InputError(f"--weights must be one number per TEXT, {len(options.texts)}; got {len(options.weights)}")
     if wrong := [weight for weight in options.weights or [] if not 1 <= weight <= MAX_WEIGHT]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import os
 import resource
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from operator import eq
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING
 from las_fast.cli import run
 from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, load_settings, presets, to_yaml
 from las_fast.errors import InputError, print_error
-from las_fast.files import AVERAGED, BEST, LAST, make_folder
+from las_fast.files import AVERAGED, BEST, LAST, lock_folder
 from las_fast.options import Parser, as_folder, as_path, parse_settings
 from las_fast.system import choose_device, cores
 from las_fast.training.adapt import (
@@ -170,7 +168,8 @@ def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"best dev CER {trainer.progress.best_cer:.2f}%; peak memory {peak:.1f} GiB")
-    split = "SPLIT" if trainer.config.data.dev_share else "dev"  # the held-out part is no split of the data
+    data = trainer.config.data
+    split = "SPLIT" if data.dev_share else data.dev or "dev"  # the held-out part is no split of the data
     decode = ["--checkpoint", options.out, "--data", options.data, "--split", split, "--out", f"{split}.csv"]
     print(f"decode with: python -m las_fast.decode {shlex.join(map(str, decode))}")
 
@@ -206,22 +205,9 @@ def check_nothing_is_replaced(out: Path) -> None:
     raise InputError(f"--out {out}: {settings} would be overwritten; choose another --out")
 
 
-@contextlib.contextmanager
-def lock_run_folder(out: Path) -> Iterator[None]:
+def lock_run_folder(out: Path) -> contextlib.AbstractContextManager[None]:
     """Make the folder `out`, and lock it in the `with` block; raise InputError if another training has locked it."""
-    make_folder(out, "--out")
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise InputError(f"another training is writing into {out}; wait for it or choose another --out") from None
-    except OSError:  # the file system has no locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)
+    return lock_folder(out, "training")
 
 
 def ensure_temporary_folder(out: Path) -> None:

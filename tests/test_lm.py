@@ -28,8 +28,9 @@ from las_fast.config import DataConfig, DecodingConfig
 from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset
 from las_fast.data.layouts import open_corpus
+from las_fast.data.texts import read_texts
 from las_fast.errors import InputError
-from las_fast.lm import read_texts, train
+from las_fast.lm import train
 from las_fast.ops import backends, ngram_scores
 from las_fast.search import kneser_ney, ngram
 from las_fast.search.beam import beam_search, greedy_search
@@ -723,6 +724,7 @@ def test_the_excluded_split_of_a_corpus_is_dev(tmp_path):
         (["--order", "0"], "A", "--order must be from 1 to 12"),
         (["--order", "12", "--characters", lm.CHARACTERS + "012345678"], "A", "order 12 over 40 tokens exceed 64 bits"),
         (["--prune", "0"], "A", "--prune must be at least 1; got 0"),
+        (["--prune", "2", "--order", "3"], "A", "--prune 2 has no effect on a model of order 3: only n-grams of 4"),
         (["--weights", "1", "2"], "A", "--weights must be one number per TEXT, 1; got 2"),
         (["--weights", "0"], "A", "--weights must be from 1 to 1000000; got 0; leave the text out instead"),
         (["--weights", "1000001"], "A", "--weights must be from 1 to 1000000; got 1000001\n"),

@@ -18,7 +18,7 @@ from tiny_checkpoints import make_checkpoint, small
 from tiny_corpora import make_archive
 
 from las_fast import train
-from las_fast.config import Config, to_yaml
+from las_fast.config import Config, DataConfig, to_yaml
 from las_fast.data import dataset, overlap
 from las_fast.errors import InputError, Stopped
 from las_fast.training.step import Diverged
@@ -254,13 +254,17 @@ def test_a_completed_training_prints_its_best_score_and_how_to_decode(monkeypatc
     monkeypatch.setattr(
         resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss={resource.RUSAGE_SELF: 3 * 2**20}[who])
     )
-    made = SimpleNamespace(run=lambda: order.append("run"), progress=SimpleNamespace(best_cer=12.345), config=small())
+    made = SimpleNamespace(run=lambda: order.append("run"), progress=SimpleNamespace(best_cer=12.345))
+    made.config = small(data=DataConfig())
     train.train(made, SimpleNamespace(out=Path("a b"), data=Path("data")), [])
     assert order == [Path("a b"), "run"]
     assert capsys.readouterr().out == (
         "best dev CER 12.35%; peak memory 3.0 GiB\n"
         "decode with: python -m las_fast.decode --checkpoint 'a b' --data data --split dev --out dev.csv\n"
     )
+    made.config = small(data=DataConfig(dev="dev-other"))
+    train.train(made, SimpleNamespace(out=Path("a"), data=Path("data")), [])
+    assert capsys.readouterr().out.endswith("--split dev-other --out dev-other.csv\n")
 
 
 @pytest.fixture(scope="module")

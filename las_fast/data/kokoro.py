@@ -5,8 +5,9 @@
     OUT/kokoro.json           what the speech depends on
 
 Each utterance is a random sentence of --text with 4 to 25 words, spoken once, by one of --speakers random blends of two
-or three English voices, at a random speed. Sentences with digits or with signs such as & are left out: their spoken
-words are unknown. Write abbreviations such as Mr. as words, because the transcript has the letters of the text.
+or three English voices, at a random speed. Sentences with digits, with signs such as & or with letters of other
+alphabets are left out: they are spoken, but the transcript would not have them. Write abbreviations such as Mr. as
+words, because the transcript has the letters of the text.
 
 Run the same command again to continue after an interruption, or a larger --hours to add speech. The same seed, texts
 and model give the same speech on the same machine, for any number of processes.
@@ -22,10 +23,11 @@ import hashlib
 import itertools
 import json
 import time
+import unicodedata
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,24 +36,26 @@ import numpy as np
 from las_fast.data.kokoro_model import Kokoro, Speaker, load_packages, make_speakers, read_voices
 from las_fast.data.kokoro_workers import record_all
 from las_fast.data.overlap import COMMON_WORDS, Excluded
+from las_fast.data.texts import map_text, read_excluded, read_texts
 from las_fast.errors import InputError
-from las_fast.files import make_folder, write_atomically, write_text_atomically
-from las_fast.lm import map_text, read_excluded, read_texts
+from las_fast.files import lock_folder, make_folder, write_atomically, write_text_atomically
 from las_fast.options import Parser, as_folder, as_path
 from las_fast.progress import progress
-from las_fast.text import CHARACTERS
+from las_fast.text import CHARACTERS, normalise_text
 
-VERSION = 1  # of the recipe below; a change that alters the speech of a seed raises it
+VERSION = 2  # of the recipe below; a change that alters the speech of a seed raises it
 SAMPLE_RATE = 16000
 MIN_WORDS, MAX_WORDS = 4, 25
 MAX_LETTERS = 250  # of a sentence
-SIGNS = frozenset("&%@#*/\\+=<>|~^_$£€§°")  # read aloud, but not in the transcript
+SIGNS = frozenset("&%@#*/\\^_§¶")  # read aloud, unlike other punctuation
+SYMBOLS = ("Sc", "Sm", "So", "Nl")  # read aloud: currencies, mathematics, other symbols, Roman numerals
 SPEEDS = (0.85, 1.2)
 SILENCES = (0.05, 0.4)  # seconds before and after the speech
 NOISE = (-75.0, -50.0)  # dB relative to full scale
 PEAK = 0.5  # of full scale: the codec may exceed it
 QUIET = 0.01  # of the peak: where the speech begins and ends
 MIN_PEAK = 1e-3  # of what the synthesiser returns; less counts as no sound
+MAX_SILENT = 50  # sentences in a row without sound
 MAX_JOBS = 256
 COLUMNS = ("id", "path", "seconds", "speaker", "split", "source", "transcript")
 
@@ -99,10 +103,18 @@ def plan(texts: list[str], excluded: Excluded | None, seed: int) -> Iterator[Pla
 
 def transcript_of(text: str) -> str | None:
     """Return the transcript of a sentence; None if it is not suitable."""
-    if len(text) > MAX_LETTERS or not SIGNS.isdisjoint(text):
+    if len(text) > MAX_LETTERS or any(map(is_lost, text)):
         return None
     transcript = " ".join((map_text(text, CHARACTERS) or "").split())
     return transcript if MIN_WORDS <= len(transcript.split()) <= MAX_WORDS else None
+
+
+@cache
+def is_lost(character: str) -> bool:
+    """Return whether a character is read aloud, but not in the transcript, such as & or a Greek letter."""
+    if character in SIGNS or unicodedata.category(character) in SYMBOLS:
+        return True
+    return character.isalpha() and not normalise_text(character, CHARACTERS)
 
 
 # ------------------------------------------------------------------------------------------------------------- speech
@@ -115,6 +127,7 @@ class Studio:
     synthesiser: Callable[[], Synthesiser]  # opens one; called once per process
     speakers: tuple[Speaker, ...]
     seed: int
+    name: str = "the synthesiser"  # in errors
 
     def speaker_of(self, utterance: PlannedUtterance) -> Speaker:
         rng = np.random.default_rng([self.seed, 2, utterance.number])
@@ -168,13 +181,24 @@ def generate(
         show:     whether to show progress.
 
     Raises:
-        InputError: the folder has something else, or speech of other settings; the texts do not suffice.
+        InputError: the folder has something else, or speech of other settings, or another process writes into it; the
+            synthesiser returns only silence; the texts do not suffice.
     """
-    _check_folder(out, settings_of(texts, excluded, studio, model))
+    total = 3600 * hours
+    with lock_folder(out, "synthesis"):
+        _check_folder(out, settings_of(texts, excluded, studio, model))
+        count, seconds = _continue(out, plan(texts, excluded, studio.seed), studio, total, jobs, show)
+        _check_amount(out, len(texts), count, seconds, total)
+    return count, seconds
+
+
+def _continue(
+    out: Path, planned: Iterator[PlannedUtterance], studio: Studio, total: float, jobs: int, show: bool
+) -> tuple[int, float]:
+    """Add speech to the folder until it has `total` seconds; return the number of utterances and their seconds."""
     rows = read_rows(out / "manifest.tsv")
-    seconds, first = sum(duration for _, duration in rows), rows[-1][0] + 1 if rows else 0
-    utterances = itertools.islice(plan(texts, excluded, studio.seed), first, None)
-    count, total = len(rows), 3600 * hours
+    count, seconds = len(rows), sum(duration for _, duration in rows)
+    utterances = itertools.islice(planned, rows[-1][0] + 1 if rows else 0, None)
     with progress(total / 60, "synthesising", "minutes", done=min(seconds, total) / 60, show=show) as bar:
         began, before = time.monotonic(), seconds
         recordings = _record_into(out, utterances if seconds < total else iter(()), studio, jobs)
@@ -185,18 +209,26 @@ def generate(
                 bar.update(duration / 60)
                 if seconds >= total:
                     break
-    _check_amount(out, len(texts), count, seconds, total)
     return count, seconds
 
 
 def _record_into(
     out: Path, utterances: Iterator[PlannedUtterance], studio: Studio, jobs: int
 ) -> Generator[float, None, None]:
-    """Write the recording of each utterance, then its row in the manifest; yield its seconds."""
+    """Write the recording of each utterance, then its row in the manifest; yield its seconds.
+
+    Utterances without sound are left out; raise InputError if MAX_SILENT in a row have none.
+    """
     recordings = record_all(utterances, studio, jobs)
+    silent = 0
     with contextlib.closing(recordings), (out / "manifest.tsv").open("ab", buffering=0) as manifest:
         for utterance, wave in recordings:
-            if not len(wave):
+            silent = 0 if len(wave) else silent + 1
+            if silent == MAX_SILENT:
+                raise InputError(f"{studio.name} returned silence instead of speech for {silent} sentences in a row, "
+                                 f"the last of them {utterance.text[:40]!r}; give another model, or text that it can "
+                                 "speak")  # fmt: skip
+            if silent:
                 continue
             seconds = round(len(wave) / SAMPLE_RATE, 3)
             _write_audio(out / utterance.path, wave)
@@ -208,7 +240,8 @@ def _check_amount(out: Path, sentences: int, count: int, seconds: float, total: 
     """Raise InputError if the texts did not suffice."""
     if not count:
         raise InputError(f"none of the {sentences} sentences can be used: they need {MIN_WORDS} to {MAX_WORDS} words, "
-                         "no digits, and no overlap with --exclude; give other text and a new folder")  # fmt: skip
+                         "no digits or signs, no overlap with --exclude, and a sound; give other text and a new "
+                         "folder")  # fmt: skip
     if seconds < total:
         raise InputError(f"the text suffices for {seconds / 3600:.2f} hours, which {out} has now, not for "
                          f"{total / 3600:g}; for more, give more text and a new folder")  # fmt: skip
@@ -270,9 +303,8 @@ def _checksum(lines: Iterable[str]) -> str:
 
 
 def _check_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Create the folder, or check that it was begun with these settings; raise InputError if not."""
+    """Begin an empty folder, or check that it was begun with these settings; raise InputError if not."""
     path = out / "kokoro.json"
-    make_folder(out, "--out")
     if not path.is_file():
         if any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise InputError(f"{out} contains something other than speech of Kokoro; give --out a new folder")
@@ -334,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     count, seconds = generate(
         options.out,
         texts=[text for source in options.text for text in read_texts(source, option="--text")],
-        studio=Studio(synthesiser, tuple(speakers), options.seed),
+        studio=Studio(synthesiser, tuple(speakers), options.seed, str(options.model)),
         hours=options.hours,
         excluded=read_excluded(options.exclude, options.exclude_split, CHARACTERS),
         jobs=options.jobs,

@@ -6,16 +6,21 @@ import contextlib
 import itertools
 import multiprocessing
 import signal
+import sys
+import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from las_fast.errors import InputError
+from las_fast.errors import InputError, explain_error
 
 if TYPE_CHECKING:
     from las_fast.data.kokoro import PlannedUtterance, Studio
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # handled by the main process, which then closes the pipes
+GRACE = 20.0  # seconds to end in; Kokoro needs 14 for an utterance of 20 seconds
 
 
 def record_all(
@@ -40,10 +45,21 @@ def record_all(
         while waiting:
             yield _receive(*waiting.popleft())
     finally:
-        for pipe, process in workers:
-            pipe.close()
-            process.kill()
-            process.join()
+        _end(workers)
+
+
+def _end(workers: list[tuple[Any, Any]]) -> None:
+    """End the processes: they finish their utterances, and kill those that do not.
+
+    A killed process leaves the temporary files of its synthesiser, such as phonemizer's copies of eSpeak NG.
+    """
+    for pipe, _ in workers:
+        pipe.close()
+    deadline = time.monotonic() + GRACE
+    for _, process in workers:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
 
 
 def _start(studio: Studio) -> tuple[Any, Any]:
@@ -58,14 +74,31 @@ def _start(studio: Studio) -> tuple[Any, Any]:
 
 def _serve(pipe: Any, studio: Studio) -> None:
     """Record utterances until the pipe ends, which it also does if the main process is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
-    with contextlib.suppress(EOFError, OSError):
-        try:
-            synthesiser = studio.synthesiser()
-            while True:
-                pipe.send(studio.record(synthesiser, pipe.recv()))
-        except InputError as error:
-            pipe.send(error)
+    for stop in STOPPING:
+        signal.signal(stop, signal.SIG_IGN)
+    try:
+        synthesiser = studio.synthesiser()
+        while True:
+            with _exit_at_the_end():
+                utterance = pipe.recv()
+            samples = studio.record(synthesiser, utterance)
+            with _exit_at_the_end():
+                pipe.send(samples)
+    except Exception as error:
+        sentence = explain_error(error)
+        if sentence is None:  # a bug: its traceback is printed
+            raise
+        with _exit_at_the_end():
+            pipe.send(InputError(sentence))
+
+
+@contextlib.contextmanager
+def _exit_at_the_end() -> Iterator[None]:
+    """Exit if the main process has closed the pipe; an OSError of the synthesiser must not count as that."""
+    try:
+        yield
+    except (EOFError, OSError):
+        sys.exit()
 
 
 def _send(pipe: Any, utterance: PlannedUtterance) -> None:
@@ -79,8 +112,10 @@ def _receive(utterance: PlannedUtterance, pipe: Any, process: Any) -> tuple[Plan
         result = pipe.recv()
     except (EOFError, OSError):
         process.join()
-        raise InputError(f"a speech process ended early (exit status {process.exitcode}); free some memory, or give "
-                         "fewer --jobs, and run again to continue") from None  # fmt: skip
+        killed = process.exitcode == -signal.SIGKILL  # as the system does if memory runs out
+        advice = "free some memory, or give fewer --jobs" if killed else "correct what it printed above, if anything"
+        raise InputError(f"a speech process ended early (exit status {process.exitcode}); {advice}, and run again to "
+                         "continue") from None  # fmt: skip
     if isinstance(result, InputError):
         raise result
     return utterance, result

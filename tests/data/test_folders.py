@@ -28,8 +28,8 @@ from las_fast.data.kaldi import open_kaldi
 from las_fast.data.layouts import open_corpus
 from las_fast.data.librispeech import read_transcripts
 from las_fast.data.manifest import open_manifest
+from las_fast.data.texts import read_texts
 from las_fast.errors import InputError
-from las_fast.lm import read_texts
 
 CLUTTER = (".DS_Store", "._{}", "Thumbs.db", "desktop.ini", "~${}", "readme.md")
 CLUTTER_FOLDERS = ("__MACOSX", ".ipynb_checkpoints", "@eaDir", "lost+found", "$RECYCLE.BIN")

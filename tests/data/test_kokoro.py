@@ -1,28 +1,34 @@
 """Speech of Kokoro-82M: its plan, its files, and its continuation. A stand-in replaces the model."""
 
 import argparse
+import errno
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
+import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from las_fast.data import kokoro, kokoro_model
+from las_fast.data import kokoro, kokoro_model, kokoro_workers
 from las_fast.data.audio import load_utterance
 from las_fast.data.kokoro import PlannedUtterance, Studio, generate, plan, transcript_of
 from las_fast.data.kokoro_model import Kokoro, Speaker, make_speakers, read_voices
 from las_fast.data.layouts import open_corpus
 from las_fast.data.overlap import Excluded
 from las_fast.errors import InputError
+from las_fast.files import lock_folder
 from las_fast.text import CHARACTERS
 
 NAMES = ["af_a", "af_b", "am_c", "bf_d", "bm_e"]
@@ -57,6 +63,47 @@ class Crashing(Tone):
 
     def speak(self, text, speaker, *, speed):
         os._exit(7)
+
+
+class Killed(Tone):
+    """Is killed, as the system does if memory runs out."""
+
+    def speak(self, text, speaker, *, speed):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FullDisk(Tone):
+    """Cannot write a temporary file."""
+
+    def speak(self, text, speaker, *, speed):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Temporary(Tone):
+    """Has a temporary file, which its finalizer removes."""
+
+    def __init__(self, folder, wait=0.0):
+        super().__init__(wait)
+        folder.mkdir(exist_ok=True)
+        handle, path = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        weakref.finalize(self, os.remove, path)
+
+
+class Stuck(Tone):
+    """Speaks once, and then hangs."""
+
+    def speak(self, text, speaker, *, speed):
+        time.sleep(self.wait)
+        self.wait = 100
+        return Tone().speak(text, speaker, speed=speed)
+
+
+class Silent(Tone):
+    """Has no sound for any text."""
+
+    def speak(self, text, speaker, *, speed):
+        return super().speak(text, speaker, speed=speed) * (0 if text < "o" else np.nan)
 
 
 class Mute(Tone):
@@ -95,10 +142,18 @@ def test_sentences_are_drawn_without_repetition():
 @pytest.mark.parametrize(
     "text",
     ["ONE TWO THREE", " ".join(["WORD"] * 26), "it cost 5 pounds in all", "salt & pepper for two", "",
-     " ".join(["EXTRAORDINARILY"] * 17)],
+     " ".join(["EXTRAORDINARILY"] * 17),
+     *(f"one two {sign} three four" for sign in "%@#*/\\^_§¶+=<>|~$£€¥×±°©♥Ⅳ"),
+     "the letter α comes first", "he said Привет to us", "a length of some µm"],
 )  # fmt: skip
 def test_sentences_that_are_short_or_long_or_not_letters_are_left_out(text):
     assert transcript_of(text) is None
+
+
+@pytest.mark.parametrize("text", ["one, two; (three) \u2013 four", "\u201cone two\u201d\u2014three \u2018four\u2019",
+                                  "øne twó thrée\u2026 four!", "o\u0301ne two: three. Four?"])  # fmt: skip
+def test_sentences_with_accents_quotes_and_dashes_are_used(text):
+    assert transcript_of(text).replace("'", "") == "ONE TWO THREE FOUR"
 
 
 def test_the_synthesiser_gets_capitals_in_lower_case_and_other_text_as_it_is():
@@ -155,8 +210,31 @@ def test_the_same_seed_gives_the_same_speech_for_any_number_of_processes(tmp_pat
 def test_failures_of_a_process_are_reported(tmp_path):
     with pytest.raises(InputError, match="the model is damaged"):
         make(tmp_path / "a", synthesiser=Broken, jobs=2)
-    with pytest.raises(InputError, match=r"ended early \(exit status 7\).* run again to continue"):
+    with pytest.raises(InputError, match=r"ended early \(exit status 7\); correct what .* run again to continue"):
         make(tmp_path / "b", synthesiser=Crashing, jobs=2)
+    with pytest.raises(InputError, match=r"ended early \(exit status -9\); free some memory, .* run again to continue"):
+        make(tmp_path / "c", synthesiser=Killed, jobs=2)
+    with pytest.raises(InputError, match="^no space is left on the disk .*; free some$"):
+        make(tmp_path / "d", synthesiser=FullDisk, jobs=2)
+
+
+def test_processes_end_with_their_finalizers(tmp_path):
+    make(tmp_path / "out", synthesiser=partial(Temporary, tmp_path / "parts", 0.1), jobs=2)
+    assert list((tmp_path / "parts").iterdir()) == []
+
+
+def test_processes_that_do_not_end_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(kokoro_workers, "GRACE", 0.1)
+    began = time.monotonic()
+    make(tmp_path, synthesiser=Stuck, seconds=1, jobs=2)
+    assert multiprocessing.active_children() == [] and time.monotonic() - began < 90
+
+
+def test_a_stop_signal_to_all_processes_also_ends_them_with_their_finalizers(tmp_path):
+    process = start(tmp_path / "out", jobs=2)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert list((tmp_path / "parts").iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -188,27 +266,36 @@ def test_more_hours_continue_a_folder(tmp_path):
     assert make(tmp_path / "twice", seconds=5) == pytest.approx(made)  # nothing to do
 
 
-KILLED = """
+STARTED = """
 import sys; sys.path.insert(0, sys.argv[1])
 from functools import partial
 from pathlib import Path
 import test_kokoro
-test_kokoro.make(Path(sys.argv[2]), synthesiser=partial(test_kokoro.Tone, 0.3), jobs=int(sys.argv[3]))
+from las_fast.cli import run
+out = Path(sys.argv[2])
+synthesiser = partial(test_kokoro.Temporary, out.parent / "parts", 0.3)
+run(lambda argv: test_kokoro.make(out, synthesiser=synthesiser, jobs=int(sys.argv[3])))
 """
+
+
+def start(out, jobs):
+    """Start a run in a process group of its own, and return it when it has written three recordings."""
+    command = [sys.executable, "-c", STARTED, str(Path(__file__).parent), str(out), str(jobs)]
+    process = subprocess.Popen(command, start_new_session=True)
+    manifest, deadline = out / "manifest.tsv", time.monotonic() + 120
+    while not (manifest.exists() and manifest.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_run_continues_with_the_same_speech(tmp_path, jobs):
-    out, here = tmp_path / "killed", str(Path(__file__).parent)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, here, str(out), str(jobs)])
-    manifest = out / "manifest.tsv"
-    deadline = time.monotonic() + 120
-    while not (manifest.exists() and manifest.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    out = tmp_path / "killed"
+    process = start(out, jobs)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with manifest.open("a") as file:
+    with (out / "manifest.tsv").open("a") as file:
         file.write("kokoro-000004\taudio/000/kok")  # as if it had been killed while it wrote the line
     assert make(out)[0] > 4
     make(tmp_path / "whole")
@@ -237,6 +324,16 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, options, changed):
     make(tmp_path, seconds=2)
     with pytest.raises(InputError, match=f"was begun with another {changed}; "):
         make(tmp_path, **options)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with (
+        lock_folder(tmp_path, "synthesis"),
+        pytest.raises(InputError, match="another synthesis is writing into .*; wait"),
+    ):
+        make(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    make(tmp_path, seconds=2)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -378,6 +475,19 @@ def test_the_command_synthesises_and_excludes_the_dev_texts(tmp_path, model, voi
     utterances = open_corpus(tmp_path / "out").utterances("train")
     assert utterances and {utterance.transcript for utterance in utterances} <= set(TEXTS[:5])
     assert json.loads((tmp_path / "out" / "kokoro.json").read_text())["speakers"].startswith("7 (")
+
+
+def test_the_command_stops_early_if_the_model_returns_only_silence(tmp_path, model, voices, monkeypatch):
+    spoken = []
+    monkeypatch.setattr(kokoro, "load_packages", lambda: None)
+    monkeypatch.setattr(kokoro, "Kokoro", lambda *paths: Silent())
+    monkeypatch.setattr(Studio, "record", lambda *args, record=Studio.record: spoken.append(args) or record(*args))
+    texts = itertools.islice(itertools.permutations(WORDS, 5), 0, None, 250)
+    (tmp_path / "text").write_text("\n".join(map(" ".join, texts)))
+    argv = ["--text", tmp_path / "text", "--hours", 1, "--out", tmp_path / "out", "--model", model, "--voices", voices]
+    with pytest.raises(InputError, match=r"model.onnx returned silence instead of speech for 50 sentences in a row"):
+        kokoro.main([str(word) for word in argv])
+    assert len(spoken) == 50
 
 
 @pytest.mark.parametrize(

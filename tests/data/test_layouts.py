@@ -32,8 +32,8 @@ from las_fast.data.features import compute_features
 from las_fast.data.layouts import open_corpus
 from las_fast.data.manifest import rows_by_id, split_of
 from las_fast.data.overlap import count_overlapping, count_shared_recordings
+from las_fast.data.texts import read_texts
 from las_fast.errors import InputError, show
-from las_fast.lm import read_texts
 
 LOGMEL = FeatureConfig(normalisation="none")
 

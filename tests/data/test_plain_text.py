@@ -8,8 +8,8 @@ import pytest
 
 from las_fast import lm
 from las_fast.data import plain_text
+from las_fast.data.texts import read_texts
 from las_fast.errors import InputError
-from las_fast.lm import read_texts
 from las_fast.search import ngram
 
 TEXT = ["HELLO THERE", "HOW ARE YOU", "WELL, AND YOU", "I AM < WELL > TOO", "[NOISE] YES", "{LAUGHS} NO", "A | B"]
