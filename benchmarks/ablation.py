@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import recognition
-from benchmarks.rows import append_rows, read_rows
 from las_fast.cli import run
 from las_fast.data.layouts import open_corpus
 from las_fast.data.manifest import rows_by_id
@@ -115,14 +114,6 @@ def train_all(options: argparse.Namespace) -> None:
             raise
 
 
-def record(row: tuple) -> None:
-    """Append a row to recognition.csv, unless it has one of the same run and change."""
-    known = {(old["run"], old["what"]) for old in read_rows(recognition.FILE)}
-    named = dict(zip(recognition.COLUMNS, row, strict=True))
-    if (named["run"], named["what"]) not in known:
-        append_rows(recognition.FILE, recognition.COLUMNS, [row])
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -152,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         row = recognition.summary_row(options.out / name, what=what, data="speech, ablation")
         print(f"{name}: CER {row[recognition.COLUMNS.index('cer_last')]}%, {VARIANTS[name].what}")
         if options.record:
-            record(row)
+            recognition.record(row)
 
 
 if __name__ == "__main__":

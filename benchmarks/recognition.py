@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +162,15 @@ def _draw_run(axes, members: list[dict[str, str]]) -> None:
     axes.scatter(epochs, losses, s=14, color=[VERDICT_COLOURS[formed(row)] for row in members], zorder=2)
 
 
+def record(row: Sequence) -> bool:
+    """Append a row to recognition.csv, unless it has one of the same run and change; return whether it was appended."""
+    named = dict(zip(COLUMNS, row, strict=True))
+    if any((old["run"], old["what"]) == (named["run"], named["what"]) for old in read_rows(FILE)):
+        return False
+    append_rows(FILE, COLUMNS, [row])
+    return True
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recognition", description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, help="run folder of a training")
@@ -179,9 +188,10 @@ def main(argv: list[str] | None = None) -> None:
     if options.run:
         row = summary_row(options.run, what=options.what, data=options.data)
         print("\n".join(f"{name:<20}{value}" for name, value in zip(COLUMNS, row, strict=True)))
-        if options.record:
-            append_rows(FILE, COLUMNS, [row])
+        if options.record and record(row):
             append_rows(VALIDATIONS, VALIDATION_COLUMNS, validation_rows(options.run, options.data))
+        elif options.record:
+            print(f"nothing appended: {FILE.name} has a row of this run and --what")
     if options.table:
         print(table(read_rows(FILE)))
         rows = read_rows(VALIDATIONS)

@@ -48,6 +48,7 @@ from las_fast.config import DataConfig, DecodingConfig, ListenerConfig, ModelCon
 from las_fast.data.audio import load_audio
 from las_fast.data.corpus import Utterance
 from las_fast.data.layouts import open_corpus
+from las_fast.data.texts import read_texts
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
 from las_fast.ops import Steps
@@ -345,7 +346,11 @@ def test_recorded_trainings_are_a_table_and_a_picture(tmp_path, monkeypatch, cap
     out = capsys.readouterr().out
     assert "| not formed | 1 | 1.00, 1.00, 1.00 | 90% |" in out and "| formed | 2 | 1.00, 1.00, 1.00 | 45% |" in out
     assert (tmp_path / "picture").read_bytes()[:4] == b"\x89PNG"
-    assert [row["epoch"] for row in read_rows(tmp_path / "validations")] == ["1", "2", "3"]
+    recognition.main([str(tmp_path), "--data", "made", "--what", "as it is", "--record"])
+    assert "nothing appended: file has a row of this run and --what" in capsys.readouterr().out
+    recognition.main([str(tmp_path), "--data", "made", "--what", "again", "--record"])
+    assert [row["what"] for row in read_rows(tmp_path / "file")] == ["as it is", "again"]
+    assert [row["epoch"] for row in read_rows(tmp_path / "validations")] == ["1", "2", "3"] * 2
 
 
 def test_trainings_without_a_named_corpus_have_a_picture_of_their_own(tmp_path, monkeypatch):
@@ -544,7 +549,7 @@ def test_language_models_are_compared_by_bits_and_cer(tmp_path, monkeypatch, cap
         (name, weight, part) for name in ("m1", "m3") for weight in ("0.0", "0.4") for part in ("all", "made")
     ]
     assert len(capsys.readouterr().out.splitlines()) == 8
-    texts = list(lm.read_texts(tmp_path / "data", "dev"))
+    texts = list(read_texts(tmp_path / "data", "dev"))
     for name, row in (("m1", rows[0]), ("m3", rows[4])):
         model = load_lm(tmp_path / f"{name}.lm.safetensors")
         tokens = encode_sentences(texts, model.characters)

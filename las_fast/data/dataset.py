@@ -94,6 +94,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         part.skipped = []
         return part
 
+    def set_statistics(self, *, progress: bool = True) -> None:
+        """Set `statistics` to those of all frames of these utterances."""
+        numbers = track(range(len(self)), "statistics", "utterances", show=progress)
+        self.statistics = statistics_of(self.raw(i) for i in numbers)
+
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.prepare(self.raw(i))
 
@@ -148,10 +153,9 @@ def load_dataset(
         dataset.skipped += [(names(k, name), reason) for name, reason in skipped[k]]
     _report_skipped(corpus, splits, dataset)
     if features.normalisation == "global":
-        numbers = range(len(dataset))
-        dataset.statistics = statistics or statistics_of(
-            dataset.raw(i) for i in track(numbers, "statistics", "utterances", show=progress)
-        )
+        dataset.statistics = statistics
+        if statistics is None:
+            dataset.set_statistics(progress=progress)
     return dataset
 
 

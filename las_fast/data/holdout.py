@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from las_fast.data.dataset import SpeechDataset
-from las_fast.data.normalisation import statistics_of
 from las_fast.data.overlap import file_identity
 from las_fast.errors import InputError
-from las_fast.progress import track
 
 
 def hold_out(data: SpeechDataset, share: float, *, progress: bool = True) -> tuple[SpeechDataset, SpeechDataset]:
@@ -35,8 +33,8 @@ def hold_out(data: SpeechDataset, share: float, *, progress: bool = True) -> tup
         )
     train.skipped = data.skipped
     if data.statistics is not None:
-        numbers = track(range(len(train)), "statistics", "utterances", show=progress)
-        train.statistics = dev.statistics = statistics_of(train.raw(i) for i in numbers)
+        train.set_statistics(progress=progress)
+        dev.statistics = train.statistics
     return train, dev
 
 

@@ -86,8 +86,6 @@ def without_shared_texts(train: SpeechDataset, dev: SpeechDataset, characters: s
     Raises:
         InputError: none is left.
     """
-    from las_fast.data.normalisation import statistics_of  # imports torch, which would slow `lm --help` down
-
     excluded = Excluded(filter(None, dev.texts), characters)
     shared = np.array([excluded.overlaps(text or "") for text in train.texts], bool)
     if shared.all():
@@ -99,5 +97,6 @@ def without_shared_texts(train: SpeechDataset, dev: SpeechDataset, characters: s
     reason = "its transcript overlaps with one of dev (data.shared_texts)"
     kept.skipped = train.skipped + [(train.ids[i], reason) for i in np.flatnonzero(shared)]
     if train.statistics is not None:
-        kept.statistics = dev.statistics = statistics_of(kept.raw(i) for i in range(len(kept)))
+        kept.set_statistics()
+        dev.statistics = kept.statistics
     return kept
