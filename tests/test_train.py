@@ -363,6 +363,9 @@ def test_a_training_can_start_from_the_weights_of_another(archive, uninterrupted
     for model in (seen[0].model, seen[0].averaged):
         assert all(torch.equal(value, initial[name]) for name, value in model.state_dict().items())
     assert seen[0].source["init"] == "best.safetensors" and seen[0].progress.step == 0
+    seen[0].save()
+    train.main([*arguments(archive, tmp_path), "--resume"])
+    assert seen[1].source == seen[0].source
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def check_same_settings(saved: dict, current: dict, path: Path, *, kind: str = "
         smaller = section == "data" and name in BATCH_SIZES and value < before[key]
         if before[key] != value and key not in free and not smaller:
             advice = "resume with the same settings"
-            if key in ("training.epochs", "training.restarts"):
+            if key in ("training.epochs", "training.restarts") and before["training.schedule"] == "cosine":
                 advice += f", or lengthen it: --training.epochs N --training.restarts {' '.join(map(str, ends_before))}"
             raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {advice}")
 

@@ -205,8 +205,10 @@ class Trainer(Learner):
             if not is_out_of_memory(error):
                 raise
             now = self.config.decoding.frames_per_batch
-        advice = f"lower --decoding.frames-per-batch (now {now}) and continue with --resume"
-        raise InputError(f"a validation does not fit in memory; {advice}")
+        advice = "continue with --resume" if self.progress.step else "start again"
+        raise InputError(
+            f"a validation does not fit in memory; lower --decoding.frames-per-batch (now {now}) and {advice}"
+        )
 
     def _record(self, result: Validation, model: nn.Module) -> str:
         """Write weights, log and last.pt after a validation; return the monitor's line."""
@@ -277,7 +279,7 @@ class Trainer(Learner):
         for target in filter(None, (self.model, self.averaged)):
             checkpoint.load_weights(target, initial.weights, path)
         if initial.new:
-            print(f"weights: new are {', '.join(initial.new)}; the others are from {path}")
+            print(f"random weights: {', '.join(initial.new)}; the others are from {path}")
         for layer in initial.unused:
             print(f"weights: the CTC head on BiLSTM {layer} of {path} is not used")
         self.source = {**self.source, "init": path.name}
@@ -301,6 +303,7 @@ class Trainer(Learner):
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
             "core_seconds": 3600 * self.core_hours(),
+            "init": self.source.get("init"),
             "data": fingerprint(self.train_data, self.dev_data),
         }
 
@@ -325,6 +328,8 @@ class Trainer(Learner):
         self.progress = Progress(**{**progress, "plateau": Plateau(**progress["plateau"])})
         self.saved_step = self.progress.step
         self.earlier_core_seconds = state["core_seconds"]
+        if state.get("init"):  # earlier versions did not save it
+            self.source = {**self.source, "init": state["init"]}
         self._convert_step(state["settings"]["data"])
 
     def _convert_step(self, saved: dict) -> None:

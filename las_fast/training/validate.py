@@ -89,6 +89,8 @@ def validate(
     hypotheses: list[str] = [""] * len(data)
     # Search with attention alone: the monitor judges the attention, and CER stays comparable between trainings.
     attention_only = config.decoding.attention_only()
+    if attention_only.precision == "int8":  # not on every device
+        attention_only = replace(attention_only, precision="auto")
     frame_seconds = seconds_of(config.model.listener.time_reduction, config.features)
     pictures = AttentionPictures(data, config.training.pictures, frame_seconds)
     loader = make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
@@ -150,11 +152,14 @@ class AttentionPictures:
         folder.mkdir(exist_ok=True)
         name = f"epoch-{epoch:07.2f}"
         arrays = {"ids": np.array([self.data.ids[i] for i in self.weights])}
-        samples = []
+        samples: list[Sample] = []
         for n, (i, weights) in enumerate(self.weights.items()):
             utterance, text = self.data.ids[i], self.data.texts[i] or ""
             arrays |= {f"weights_{n}": weights, f"text_{n}": np.array(text)}
-            sample = Sample(utterance, text, hypotheses[i], folder / f"{name}-{_file_name(utterance)}.png")
+            picture = folder / f"{name}-{_file_name(utterance)}.png"
+            if picture in {earlier.picture for earlier in samples}:  # another id may have the same safe characters
+                picture = picture.with_name(f"{picture.stem}-{n}.png")
+            sample = Sample(utterance, text, hypotheses[i], picture)
             write_atomically(sample.picture, partial(self._draw, sample=sample, weights=weights, epoch=epoch))
             samples.append(sample)
         write_atomically(folder / f"{name}.npz", lambda path: save_npz(path, arrays))

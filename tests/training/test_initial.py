@@ -98,7 +98,7 @@ def test_a_training_grows_a_model_and_its_average_alike(tmp_path, capsys):
     torch.manual_seed(5)
     given = LAS(replace(MODEL, ctc_layer=1), input_size=28, vocabulary_size=trainer.model.vocabulary_size)
     trainer.load_initial_weights(given, tmp_path / "given.safetensors")
-    assert "weights: new are listener.layers.2, listener.norms.2; the others are from" in (
+    assert "random weights: listener.layers.2, listener.norms.2; the others are from" in (
         out := capsys.readouterr().out
     )
     assert f"weights: the CTC head on BiLSTM 1 of {tmp_path / 'given.safetensors'} is not used" in out

@@ -29,6 +29,8 @@ def settings(**training):
          "--training.epochs N --training.restarts 2 4$"),
         ({"epochs": 3, "restarts": (2,)}, {"epochs": 4, "restarts": (1, 3)}, "lengthen it: .* 2 3$"),
         ({"epochs": 3, "restarts": (2,)}, {"epochs": 2}, "epochs = 3, not 2"),
+        ({"epochs": 2, "schedule": "constant"}, {"epochs": 3, "schedule": "constant"},
+         "epochs = 2, not 3; resume with the same settings$"),
         ({"seed": 1}, {"seed": 2}, "training.seed = 1, not 2; resume with the same settings$"),
     ],
 )  # fmt: skip

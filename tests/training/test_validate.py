@@ -54,6 +54,17 @@ def test_each_utterance_is_transcribed_by_attention_only(trainer, tmp_path, monk
     assert actual.scores.utterances == actual.alignment.utterances == 5
 
 
+def test_a_validation_never_searches_in_int8(trainer, tmp_path, monkeypatch):
+    """It is not available on every device, and a training could not go on without it."""
+    seen = []
+    monkeypatch.setattr(validate, "greedy_search", lambda *args: seen.append(args[2].precision) or greedy_search(*args))
+    for precision in ("int8", "bf16"):
+        decoding = replace(trainer.config.decoding, precision=precision)
+        monkeypatch.setattr(trainer, "config", replace(trainer.config, decoding=decoding))
+        run_validation(trainer, tmp_path)
+    assert seen == ["auto"] * 3 + ["bf16"] * 3
+
+
 def test_a_validation_returns_the_texts_and_pictures_of_its_samples(trainer, tmp_path):
     actual = run_validation(trainer, tmp_path)
     (sample,) = actual.samples
@@ -135,6 +146,13 @@ def test_a_picture_is_named_after_its_utterance_as_far_as_file_names_allow(tmp_p
     with np.load(tmp_path / "attention" / "epoch-0001.50.npz") as data:
         assert data["ids"].tolist() == [name] and data["text_0"] == "A B"
         assert data["weights_0"].tolist() == np.eye(4).tolist() and set(data) == {"ids", "text_0", "weights_0"}
+
+
+def test_two_utterances_never_share_a_picture(tmp_path):
+    actual = make_pictures(["c", "d", "a/b", "a_b"], [5] * 4, 2)
+    actual.collect(torch.tensor([2, 3]), torch.eye(4).expand(2, 4, 4), torch.tensor([4, 4]), torch.tensor([4, 4]))
+    names = [sample.picture.name for sample in actual.save(tmp_path / "attention", 1.0, ["A"] * 4)]
+    assert names == ["epoch-0001.00-a_b.png", "epoch-0001.00-a_b-1.png"]
 
 
 def test_a_title_has_only_characters_that_can_be_drawn(tmp_path, monkeypatch):
