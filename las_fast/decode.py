@@ -160,7 +160,7 @@ def load_splits(options: argparse.Namespace, corpus: Corpus, splits: tuple[str, 
     """Load splits with the features of the checkpoint; raise InputError if they do not suit it."""
     from las_fast.data.dataset import load_dataset
 
-    data = loaded.config.data
+    data = replace(loaded.config.data, cache="")  # the folder of the training may be on another machine
     normalised = options.normalise_text or data.normalise_text
     dataset = load_dataset(
         corpus,

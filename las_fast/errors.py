@@ -25,6 +25,18 @@ class BadRecording(InputError):
     """A recording cannot be read."""
 
 
+class DoesNotFit(InputError):
+    """One utterance alone does not fit in memory."""
+
+
+class NotFinite(InputError):
+    """The outputs of the model are NaN or infinite."""
+
+
+class NotStored(InputError):
+    """A recording could not be copied to a temporary file."""
+
+
 class SlowPathWarning(RuntimeWarning):
     """las_fast runs on slower paths than this machine allows; the message says why, and what to do."""
 

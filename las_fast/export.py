@@ -158,6 +158,16 @@ def check_companions(out: Path, checkpoint: Path) -> None:
         )
 
 
+def check_no_other_lm(out: Path, checkpoint: Path) -> None:
+    """Raise InputError if the output would use a language model that the checkpoint has not."""
+    other = lm_path_for(out)
+    if os.path.isfile(other) and not os.path.isfile(lm_path_for(checkpoint)):
+        raise InputError(
+            f"--out {out}: {other} is not of this checkpoint, but would be used with the output; remove it or, if it "
+            f"is for this model, move it to {lm_path_for(checkpoint)}"
+        )
+
+
 def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
     """Write the model with float16 weights and these decoding settings, and copy the files that go with it.
 
@@ -167,12 +177,15 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
         The paths of the files written.
 
     Raises:
-        InputError: the settings do not fit the model, a weight exceeds float16, or a file cannot be written.
+        InputError: the settings do not fit the model or its language model, a weight exceeds float16, or a file cannot
+            be written.
     """
     from las_fast.checkpoint import save_model
     from las_fast.files import write_atomically
     from las_fast.search.confidence import calibration_path_for
 
+    if settings.decoding.ngram_weight:
+        check_no_other_lm(out, loaded.path)
     config = check(replace(loaded.config, decoding=settings.decoding))
     weights = {name: to_float16(name, value) for name, value in loaded.model.state_dict().items()}
     save_model(out, weights, config, loaded.statistics, loaded.info)

@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, as_file, as_path
-from las_fast.progress import progress
+from las_fast.progress import Progress, progress
 from las_fast.search.ngram import load_ngram_model, with_default_weight
 from las_fast.system import choose_device, return_freed_memory
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.checkpoint import Loaded
+    from las_fast.data.batching import Batch
     from las_fast.data.dataset import SpeechDataset
 
 MAX_COMBINATIONS = 10_000
@@ -128,7 +130,8 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
     corpus = open_corpus(options.data)
     check_fits(corpus, loaded)
     config = loaded.config
-    splits, data = corpus.resolve(options.split), config.data.without_limits()
+    splits = corpus.resolve(options.split)
+    data = replace(config.data.without_limits(), cache="")  # the folder of the training may be on another machine
     return load_dataset(
         corpus, splits, features=config.features, data=data, statistics=loaded.statistics, need_text=True
     )
@@ -145,18 +148,22 @@ def decode_grid(
         A list of texts, one per utterance, for each of the settings.
     """
     from las_fast.search.beam import beam_search, packed_weights
-    from las_fast.search.dataset import batches_to_decode, listen
+    from las_fast.search.dataset import decode_batches, listen
 
     texts = [[""] * len(dataset) for _ in settings]
     packed = packed_weights(loaded.model, settings[0], device, backend)
+
+    def decode(batch: Batch, bar: Progress) -> None:
+        memory = listen(loaded.model, batch.to(device), settings[0])
+        for texts_of_point, point in zip(texts, settings, strict=True):
+            hypotheses = beam_search(loaded.model, memory, point, ngram=ngram, packed=packed, backend=backend)
+            for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
+                texts_of_point[i] = loaded.vocabulary.decode(best.text_tokens)
+            bar.update(len(batch.indices))  # those of a batch that is halved count twice
+
     with progress(len(dataset) * len(settings), "tuning", "utterances") as bar:
-        for batch in batches_to_decode(dataset, loaded.vocabulary, settings[0]):
-            memory = listen(loaded.model, batch.to(device), settings[0])
-            for texts_of_point, point in zip(texts, settings, strict=True):
-                hypotheses = beam_search(loaded.model, memory, point, ngram=ngram, packed=packed, backend=backend)
-                for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
-                    texts_of_point[i] = loaded.vocabulary.decode(best.text_tokens)
-                bar.update(len(batch.indices))
+        for _ in decode_batches(partial(decode, bar=bar), dataset, loaded.vocabulary, settings[0]):
+            pass
     return texts
 
 

@@ -361,6 +361,13 @@ def test_a_full_disk_leaves_no_partial_file(workspace, capsys, tmp_path, monkeyp
     assert "No space left" in capsys.readouterr().err and os.listdir(tmp_path) == ["warm.csv"]
 
 
+def test_the_cache_of_the_training_is_not_used(tmp_path):
+    make_archive(tmp_path, "F23", utterances=1)
+    make_checkpoint(tmp_path, sections={"data": DataConfig(cache=str(tmp_path / "cache"))})
+    decode(tmp_path)
+    assert (tmp_path / "out.csv").exists() and not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("missing", ["--checkpoint", "--data", "--split", "--out"])
 def test_missing_required_options_are_named(missing, capsys):
     required = {"--checkpoint": "x", "--data": "y", "--split": "dev", "--out": "z.csv"}

@@ -41,6 +41,14 @@ def test_a_language_model_that_the_settings_use_goes_with_the_file(tmp_path):
     assert lm_path_for(export_model(path, "--decoding.ngram-weight", "0.2")).read_bytes() == b"counts"
 
 
+def test_a_language_model_of_another_model_beside_the_output_is_refused(tmp_path):
+    path = make_checkpoint(tmp_path)
+    lm_path_for(tmp_path / "small.safetensors").write_bytes(b"counts")
+    with pytest.raises(InputError, match=r"small.lm.safetensors is not of this checkpoint, but would be used"):
+        export_model(path, "--decoding.ngram-weight", "0.2")
+    assert not (tmp_path / "small.safetensors").exists()
+
+
 def test_each_file_written_is_named_with_its_size(tmp_path, capsys):
     path = make_checkpoint(tmp_path)
     lm_path_for(path).write_bytes(b"x" * 2_340_000)

@@ -15,7 +15,8 @@ from las_fast import lm, tune
 from las_fast.checkpoint import load_model
 from las_fast.config import DataConfig, DecodingConfig
 from las_fast.errors import InputError
-from las_fast.search import ngram
+from las_fast.search import beam, ngram
+from las_fast.search.beam import beam_search
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,30 @@ def test_the_whole_split_is_loaded_with_the_checkpoints_settings(tmp_path):
     options = Namespace(data=tmp_path / "data", split="train+dev")
     dataset = tune.open_split(options, load_model(path))
     assert len(dataset) == 6 and all(text.startswith("A A ") for text in dataset.texts)
+
+
+def test_the_cache_of_the_training_is_not_used(tmp_path):
+    make_manifest(tmp_path / "data", utterances=1)
+    sections = {"data": DataConfig(cache=str(tmp_path / "cache"))}
+    path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
+    tune.open_split(Namespace(data=tmp_path / "data", split="dev"), load_model(path))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_batch_that_does_not_fit_is_halved(workspace, monkeypatch, tmp_path):
+    command = argv(workspace, "--beam", 1, 2, "--out", tmp_path / "table.csv")
+    tune.main(command)
+    expected, sizes = (tmp_path / "table.csv").read_text(), []
+
+    def search(model, memory, *args, **options):
+        sizes.append(len(memory.lengths))
+        if len(memory.lengths) > 1:
+            raise MemoryError
+        return beam_search(model, memory, *args, **options)
+
+    monkeypatch.setattr(beam, "beam_search", search)
+    tune.main(command)
+    assert (tmp_path / "table.csv").read_text() == expected and sizes[0] == 3 and sizes.count(1) == 6
 
 
 def test_progress_counts_each_utterance_once_for_each_setting(workspace, monkeypatch):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import eq
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from las_fast.config import DecodingConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
-from las_fast.errors import InputError, is_out_of_memory
+from las_fast.errors import DoesNotFit, NotFinite, is_out_of_memory
 from las_fast.model.attention import Memory
 from las_fast.ops import NgramModel, ctc_loss
 from las_fast.progress import Progress
@@ -27,6 +27,7 @@ from las_fast.search.words import WordFinder
 from las_fast.text import PAD, Vocabulary
 
 MAX_UTTERANCES_PER_BATCH = 128  # however short they are
+T = TypeVar("T")
 
 
 class Utterances:
@@ -93,24 +94,37 @@ def decode_dataset(
         **options,
     )
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
-    failed_size = math.inf  # padded frames of the smallest batch that did not fit
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
-        for batch in batches_to_decode(dataset, vocabulary, config):
-            waiting = [batch]
-            while waiting:
-                part = waiting.pop()
-                size = part.features.shape[0] * part.features.shape[1]
-                # The longest utterances come first, so a single utterance is always smaller than a batch that failed.
-                decoded = _try_decode(decode, part) if size < failed_size else None
-                if decoded is None:
-                    failed_size = min(failed_size, size)
-                    waiting += _split_in_half(part, dataset)
-                    continue
-                for i, hypotheses in zip(part.indices.tolist(), decoded, strict=True):
-                    _check_finite(hypotheses, dataset.ids[i])
-                    results[i] = hypotheses
-                bar.update(float(dataset.seconds[part.indices.numpy()].sum()))
+        for batch, decoded in decode_batches(decode, dataset, vocabulary, config):
+            for i, hypotheses in zip(batch.indices.tolist(), decoded, strict=True):
+                _check_finite(hypotheses, dataset.ids[i])
+                results[i] = hypotheses
+            bar.update(float(dataset.seconds[batch.indices.numpy()].sum()))
     return results
+
+
+def decode_batches(
+    decode: Callable[[Batch], T], dataset, vocabulary: Vocabulary, config: DecodingConfig
+) -> Iterator[tuple[Batch, T]]:
+    """Yield batches with all utterances of a dataset, longest first, and decode(batch) of each.
+
+    A batch that does not fit in memory is halved and tried again, and later batches of that size are halved at once.
+
+    Raises:
+        InputError: one utterance alone does not fit in memory.
+    """
+    failed_size = math.inf  # padded frames of the smallest batch that did not fit
+    for batch in batches_to_decode(dataset, vocabulary, config):
+        waiting = [batch]
+        while waiting:
+            part = waiting.pop()
+            size = part.features.shape[0] * part.features.shape[1]
+            # The longest utterances come first, so a single utterance is always smaller than a batch that failed.
+            if size < failed_size and (decoded := _try_decode(decode, part)):
+                yield part, decoded[0]
+            else:
+                failed_size = min(failed_size, size)
+                waiting += _split_in_half(part, dataset)
 
 
 def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig) -> Iterable[Batch]:
@@ -185,16 +199,16 @@ def _decode_batch(
     ]
 
 
-def _try_decode(decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch) -> list[list[Hypothesis]] | None:
-    """Decode one batch; if memory runs out, free caches and return None."""
+def _try_decode(decode: Callable[[Batch], T], batch: Batch) -> list[T]:
+    """Return [decode(batch)]; if memory runs out, free caches and return []."""
     try:
-        return decode(batch)
+        return [decode(batch)]
     except (MemoryError, RuntimeError) as error:
         if not any(map(is_out_of_memory, _causes(error))):
             raise
     clear_graphs()
     torch.cuda.empty_cache()
-    return None
+    return []
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -215,7 +229,7 @@ def _split_in_half(batch: Batch, dataset) -> list[Batch]:
     count = batch.features.shape[0]
     if count == 1:
         i = int(batch.indices[0])
-        raise InputError(
+        raise DoesNotFit(
             f"utterance {dataset.ids[i]} ({dataset.seconds[i]:.0f} s) alone does not fit in memory; "
             "lower --decoding.beam, decode on a machine with more memory, or cut the recording"
         )
@@ -229,7 +243,7 @@ def _split_in_half(batch: Batch, dataset) -> list[Batch]:
 
 def _check_finite(hypotheses: list[Hypothesis], name: str) -> None:
     if not math.isfinite(hypotheses[0].score):
-        raise InputError(
+        raise NotFinite(
             f"no hypothesis for {name} has a finite score: the model's outputs are NaN or infinite (use a checkpoint "
             "from before it diverged), or a --decoding setting is far out of range"
         )
