@@ -18,7 +18,7 @@ from las_fast.config import FeatureConfig
 from las_fast.data.audio import Audio, name_of, open_recording
 from las_fast.data.normalisation import Statistics
 from las_fast.data.samples import Samples, is_array, to_samples
-from las_fast.data.segments import Speech, segments
+from las_fast.data.segments import NO_SPEECH, Speech, segments
 from las_fast.errors import BadRecording, InputError, type_name
 from las_fast.output.transcripts import Hypothesis, Segment, Transcript, join_texts
 from las_fast.search.dataset import Utterances
@@ -59,6 +59,7 @@ class Transcription:
     warn: Callable[[str], None]
     on_audio: Callable[[float], None]  # called with the seconds of audio that are done
     on_block: Callable[[float], None] = lambda seconds: None  # called with the seconds of each block as it is read
+    mark_silence: bool = False  # whether `read` yields NO_SPEECH after each chunk without speech; not for `run`
     pool: list[tuple[RecordingState, Speech]] = field(default_factory=list)
     seconds: float = 0.0  # of speech in the pool
     undecoded_seconds: float = 0.0  # of audio read since the pool was last empty
@@ -103,8 +104,9 @@ class Transcription:
         try:
             with open_recording(to_audio(state.recording, sample_rate), self.features.sample_rate) as recording:
                 state.name = recording.name
-                for speech in segments(blocks(), self.features, self.statistics, vad=self.vad):
-                    has_speech = True
+                options: dict[str, Any] = {"vad": self.vad, "mark_silence": self.mark_silence}
+                for speech in segments(blocks(), self.features, self.statistics, **options):
+                    has_speech = has_speech or speech is not NO_SPEECH
                     yield speech
         except InputError as error:
             state.error = error

@@ -370,8 +370,9 @@ class Work:
 
         yield Recording([np.zeros(15)] * 2 if not actual else [np.zeros(int(10 * s)) for s in actual])
 
-    def segments(self, blocks, features, statistics, *, vad):
-        assert features is self.loaded.config.features and statistics is None and vad == "energy"
+    def segments(self, blocks, features, statistics, *, vad, mark_silence):
+        assert features is self.loaded.config.features and statistics is None
+        assert vad == "energy" and not mark_silence
         start = 0.0
         for block in blocks:
             if len(block) != 15:

@@ -16,7 +16,7 @@ import soundfile
 
 from las_fast.data.decoder import decoder_message
 from las_fast.data.samples import Samples
-from las_fast.errors import InputError, show
+from las_fast.errors import InputError, NotStored, show
 
 Audio = str | os.PathLike[str] | BinaryIO | Samples  # a path, "-" for standard input, a binary file or an array
 
@@ -119,7 +119,7 @@ def _write_temporary(write: Callable[[int], None], name: str) -> int:
     except (OSError, soundfile.LibsndfileError) as error:
         os.close(copy)
         reason = getattr(error, "strerror", None) or decoder_message(error)
-        raise InputError(
+        raise NotStored(
             f"{name} could not be copied to a temporary file ({reason}); "
             "free some space, or set TMPDIR to another folder"
         ) from None

@@ -45,20 +45,25 @@ class Speech:
     offset: float = 0.0  # time of the first feature frame, which may be in the silence before the speech
 
 
+NO_SPEECH = Speech(0.0, 0.0, torch.empty(0))  # stands for a chunk without speech
+
+
 def segments(
     blocks: Iterable[np.ndarray],
     config: FeatureConfig,
     statistics: Statistics | None = None,
     *,
     vad: str = "energy",
+    mark_silence: bool = False,
 ) -> Iterator[Speech]:
     """Yield the segments of a recording; nothing if it has no speech.
 
     Args:
-        blocks:     (n,) float32 samples at config.sample_rate each; the segments do not depend on the block sizes.
-        config:     features of the model.
-        statistics: of the training data, for normalisation "global".
-        vad:        how speech is found, "energy" or "silero".
+        blocks:       (n,) float32 samples at config.sample_rate each; the segments do not depend on the block sizes.
+        config:       features of the model.
+        statistics:   of the training data, for normalisation "global".
+        vad:          how speech is found, "energy" or "silero".
+        mark_silence: whether to yield NO_SPEECH after each chunk without speech, so that the caller can pause there.
 
     Raises:
         InputError: vad is unknown, or the packages for it are missing.
@@ -66,11 +71,15 @@ def segments(
     detector = make_detector(vad, config)
     for first, chunk in chunks(log_mel(detector.watch(blocks), logmel_config(config)), config, detector):
         begin, last = (seconds_of(first + frame, config) for frame in (0, len(chunk)))
+        has_speech = False
         for speech, first_frame, frames in _parts(chunk, detector.speech(first, chunk), config):
+            has_speech = True
             features = add_deltas(normalise(cepstra(frames, config), config, statistics), config.deltas)
             start, end = (seconds_of(first + frame, config) for frame in speech)
             offset = float(seconds_of(first + first_frame, config))
             yield Speech(max(begin, start - EDGE), min(end + EDGE, last), features, offset)
+        if mark_silence and not has_speech:
+            yield NO_SPEECH
 
 
 def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Tensor]:

@@ -147,6 +147,8 @@ def serve(service: Service, listener: socket.socket) -> None:
     """Answer requests until a signal; then finish those that are running, or exit at a second signal."""
     import uvicorn
 
+    from las_fast.serve.app import SEND_GRACE
+
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
@@ -154,8 +156,9 @@ def serve(service: Service, listener: socket.socket) -> None:
                 os._exit(128 + sig)  # sys.exit would wait for the thread of the model, or crash in it
             super().handle_exit(sig, frame)
 
+    longest = math.ceil(service.limits.timeout + 2 * SEND_GRACE)  # a connection that nobody reads would stay for ever
     config = uvicorn.Config(service.application(), log_config=None, access_log=False, lifespan="on",
-                            server_header=False, timeout_keep_alive=30)  # fmt: skip
+                            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=longest)  # fmt: skip
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # which uvicorn handles
     announce(service.name, *listener.getsockname()[:2])

@@ -45,6 +45,8 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 NDJSON = "application/x-ndjson"
+SEND_GRACE = 10.0  # seconds after its deadline in which a response must be sent
+ALIVE_SECONDS = 1.0  # between checks, while a request waits, that the batcher is alive
 
 log = logging.getLogger("las_fast.serve")
 
@@ -129,7 +131,7 @@ class Service:
             vad = self.batcher.vad
             future = self.batcher.call(lambda model: attention_of(model, Upload(form.file), tokens, vad=vad))
             try:
-                row = await _unless_gone(request, _in_time(asyncio.wrap_future(future), deadline))
+                row = await _unless_gone(request, self._in_time(asyncio.wrap_future(future), deadline))
                 return JSONResponse({"text": text, **row})
             except ClientDisconnect:
                 raise
@@ -173,12 +175,15 @@ class Service:
         except TimeoutError:
             message = f"the upload took longer than {self.limits.timeout:g} seconds; send a smaller file"
             raise ApiError(408, message, code="upload_timeout") from None
+        except (OSError, MemoryError) as error:  # such as a full disk
+            raise _reported(error) from None
         stack.callback(form.close)
         return form, deadline
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
         """Hold one of the places for requests in progress."""
+        self._check_alive()
         if self.in_progress >= self.limits.queue:
             raise ApiError(503, f"all {self.limits.queue} places are taken; try again in a second", code="queue_full")
         self.in_progress += 1
@@ -188,6 +193,25 @@ class Service:
         finally:
             self.in_progress -= 1
             self.metrics.in_progress.set(self.in_progress)
+
+    def _check_alive(self) -> None:
+        if not self.batcher.is_alive:
+            raise ApiError(503, "a bug has ended the transcription; restart the server", code="service_failed")
+
+    async def _in_time(self, result: Awaitable[Any], deadline: float) -> Any:
+        """Return the result; raise ApiError if there is none by the deadline, or if the batcher has died."""
+        loop, work = asyncio.get_running_loop(), asyncio.ensure_future(result)
+        try:
+            while not work.done():
+                self._check_alive()
+                if loop.time() >= deadline:
+                    message = "the recording was not transcribed in time; send a shorter one, or try again later"
+                    raise ApiError(504, message, code="timeout")
+                await asyncio.wait([work], timeout=min(ALIVE_SECONDS, deadline - loop.time()))
+            return work.result()
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
 
     async def _events(
         self, request: Request, form: Form, deadline: float
@@ -204,7 +228,7 @@ class Service:
         self.batcher.submit(job)
         try:
             while True:
-                event = await _in_time(events.get(), deadline)
+                event = await self._in_time(events.get(), deadline)
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Transcript):
@@ -241,7 +265,8 @@ class Service:
                     yield line
 
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return _Stream(body(), media_type=media_type, headers=headers, on_end=stack.aclose)
+        until = deadline + SEND_GRACE
+        return _Stream(body(), media_type=media_type, headers=headers, until=until, on_end=stack.aclose)
 
     async def _refuse(self, request: Request, error: ApiError) -> Response:
         if error.status != 408:  # do not wait for a slow client once more
@@ -256,15 +281,19 @@ class Service:
 
 
 class _Stream(StreamingResponse):
-    """A StreamingResponse that calls on_end at its end, even if it never began."""
+    """A StreamingResponse that is given up at the time `until`, and calls on_end at its end, even if it never began."""
 
-    def __init__(self, content: AsyncGenerator[str, None], *, on_end: Callable[[], Awaitable[None]], **options: Any):
+    def __init__(
+        self, content: AsyncGenerator[str, None], *, until: float, on_end: Callable[[], Awaitable[None]], **options: Any
+    ):
         super().__init__(content, **options)
-        self.lines, self.on_end = content, on_end
+        self.lines, self.until, self.on_end = content, until, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(TimeoutError):  # the client has stopped reading; the server closes the connection
+                async with asyncio.timeout_at(self.until):
+                    await super().__call__(scope, receive, send)
         finally:
             await self.lines.aclose()
             await self.on_end()
@@ -311,16 +340,6 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(rounded(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-async def _in_time(result: Awaitable[Any], deadline: float) -> Any:
-    """Return the result; raise ApiError if there is none by the deadline."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await result
-    except TimeoutError:
-        message = "the recording was not transcribed in time; send a shorter one, or try again later"
-        raise ApiError(504, message, code="timeout") from None
-
-
 async def _unless_gone(request: Request, result: Awaitable[Any]) -> Any:
     """Return the result; raise ClientDisconnect as soon as the client disconnects."""
     work, gone = asyncio.ensure_future(result), asyncio.ensure_future(until_disconnected(request))
@@ -338,7 +357,7 @@ async def _unless_gone(request: Request, result: Awaitable[Any]) -> Any:
 async def _ended(future: Future) -> None:
     """Cancel a call of the batcher; if it has started, wait for its end."""
     if not future.cancel():
-        await asyncio.wait([asyncio.wrap_future(future)])
+        await asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
 
 
 def _reported(error: Exception) -> ApiError:

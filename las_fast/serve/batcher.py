@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, Unpack
 
-from las_fast.data.segments import Speech
+from las_fast.data.segments import NO_SPEECH, Speech
 from las_fast.errors import InputError
 from las_fast.output.transcripts import Segment, Transcript
 from las_fast.recogniser import Recogniser, SearchOptions
@@ -87,12 +87,13 @@ class _Ready:
     """A thread-safe queue of segments to decode and of other tasks for the thread of the model.
 
     Args:
-        limit: seconds of speech; `put` waits while the queue has more.
+        limit: seconds of speech; `put` waits while the queue has more, unless it is closed.
     """
 
     def __init__(self, limit: float):
         self.limit, self.seconds = limit, 0.0
         self.entries: deque[Entry | Task | None] = deque()
+        self.is_closed = False  # nobody takes entries any more
         self.changed = threading.Condition()
 
     def put(self, entry: Entry | Task | None) -> None:
@@ -100,9 +101,14 @@ class _Ready:
         seconds = _seconds(entry)
         with self.changed:
             if seconds:
-                self.changed.wait_for(lambda: not self.seconds or self.seconds <= self.limit)
+                self.changed.wait_for(lambda: self.is_closed or not self.seconds or self.seconds <= self.limit)
             self.entries.append(entry)
             self.seconds += seconds
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        with self.changed:
+            self.is_closed = True
             self.changed.notify_all()
 
     def take(self, seconds: float) -> list[Entry] | Task | None:
@@ -193,7 +199,7 @@ class Batcher:
                 return
             try:
                 future.set_result(function(self.model))
-            except Exception as error:
+            except BaseException as error:  # whatever it is, the caller waits for it
                 future.set_exception(error)
 
         self._ready.put(task)
@@ -206,15 +212,25 @@ class Batcher:
             thread.join()
 
     def _run_reader(self) -> None:
-        while self._admit():
-            job = self._active.popleft()
-            speech = self._read(job)
-            if speech is not None:
-                self._active.append(job)
-            self._ready.put((job, speech))
-        self._ready.put(None)
+        try:
+            while self._admit() and not self._ready.is_closed:
+                job = self._active.popleft()
+                speech = self._read(job)
+                if speech is not None:
+                    self._active.append(job)
+                if speech is not NO_SPEECH:
+                    self._ready.put((job, speech))
+        finally:  # after a bug too: the other thread must not wait for ever
+            self._ready.put(None)
 
     def _run_model(self) -> None:
+        try:
+            self._decode_rounds()
+        finally:  # as above
+            self._ready.close()
+            self._incoming.put(None)
+
+    def _decode_rounds(self) -> None:
         while (taken := self._ready.take(self.round_seconds)) is not None:
             if callable(taken):
                 taken()
@@ -259,12 +275,15 @@ class Batcher:
             if seconds > self.max_seconds:
                 raise TooLong(f"the file is longer than {self.max_seconds:g} seconds; send it in parts")
 
-        reader = replace(self._shared, on_block=on_block, pool=[], pending=deque())
+        reader = replace(self._shared, on_block=on_block, mark_silence=True, pool=[], pending=deque())
         job.speech = reader.read(job.state, None)
         self._active.append(job)
 
     def _read(self, job: Job) -> Speech | None:
-        """Return the next segment of a recording; None if it has no more, cannot be read, or its client has gone."""
+        """Return the next segment of a recording, or NO_SPEECH after a while without speech.
+
+        Return None if it has no more, cannot be read, or its client has gone.
+        """
         try:
             if not job.is_cancelled:
                 return next(job.speech, None)

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from las_fast.errors import InputError, explain_error, is_out_of_memory
+from las_fast.errors import DoesNotFit, InputError, NotFinite, NotStored, explain_error, is_out_of_memory
 from las_fast.serve.batcher import TooLong
 
 INVALID, SERVER = "invalid_request_error", "server_error"  # types of errors
@@ -38,13 +38,15 @@ class ApiError(Exception):
 
 
 def recording_error(error: Exception) -> ApiError | None:
-    """Return the error to report for a recording that could not be transcribed; None for a bug in the program."""
+    """Return the error to report for a recording that was not transcribed; None for a fault of the program or model."""
     if isinstance(error, TooLong):
         return ApiError(400, str(error), param="file", code="audio_too_long")
-    if isinstance(error, InputError):
-        return ApiError(400, str(error), param="file", code="invalid_audio")
-    if is_out_of_memory(error):
+    if isinstance(error, NotFinite):  # the model is bad, not the recording
+        return None
+    if isinstance(error, DoesNotFit) or is_out_of_memory(error):
         return ApiError(503, "the server is out of memory; try again later", code="out_of_memory")
+    if isinstance(error, InputError) and not isinstance(error, NotStored):
+        return ApiError(400, str(error), param="file", code="invalid_audio")
     if explain_error(error):  # such as a full disk
         return ApiError(500, "the server could not store or read the file; see its log", code="storage")
     return None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import io
 import json
 import math
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -22,8 +25,10 @@ from tiny_corpora import make_music, make_speech
 from las_fast.errors import InputError
 from las_fast.output.formats import Style, as_srt, as_vtt, segment_row
 from las_fast.output.transcripts import Segment, Transcript, Word
+from las_fast.search.beam import Hypothesis
 from las_fast.serve import app
 from las_fast.serve import openai as api
+from las_fast.serve.app import Service
 from las_fast.serve.limits import Limits
 from las_fast.text import Vocabulary
 from serve.services import running, stalled_upload
@@ -194,6 +199,39 @@ def test_a_bug_is_reported_without_details(service, wav, monkeypatch, caplog):
     assert "bug" not in error["message"] and "the bug" in caplog.text
 
 
+def not_finite(batch, **options):
+    return [[Hypothesis([], math.nan, math.nan, [], [], False)]] * batch.features.shape[0]
+
+
+DISK_FULL = raising(OSError(28, "No space left on device"))
+FAULTS = {
+    "memory": ("las_fast.search.dataset._decode_batch", raising(MemoryError()), 503, "out_of_memory"),
+    "NaN": ("las_fast.search.dataset._decode_batch", not_finite, 500, "internal_error"),
+    "disk full at the copy": ("las_fast.data.opening._copy", DISK_FULL, 500, "storage"),
+    "disk full at the upload": ("starlette.datastructures.UploadFile.write", DISK_FULL, 500, "storage"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_server_does_not_blame_the_recording(service, wav, monkeypatch, caplog, fault):
+    name, failing, status, code = FAULTS[fault]
+    monkeypatch.setattr(name, failing)
+    actual, error = service.error(file=wav())
+    assert (actual, error["type"], error["code"], error["param"]) == (status, "server_error", code, None)
+    assert ("a request failed" in caplog.text) == (status == 500)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_after_a_bug_in_a_thread_requests_get_503_at_once(model, wav):
+    with running(model) as service:
+        service.batcher._read = raising(BaseException("a bug"))
+        for form in ({}, {}, {"path": "/attention", "text": "A"}):  # the first of them meets the bug
+            began = time.monotonic()
+            status, error = service.error(file=wav(), **form)
+            assert (status, error["code"]) == (503, "service_failed") and time.monotonic() - began < 5
+        assert service.service.in_progress == 0
+
+
 # -------------------------------------------------------------------------------------------------------------- Limits
 
 
@@ -289,6 +327,28 @@ def test_a_client_that_leaves_an_attention_request_counts_as_disconnected(small,
         httpx.post(f"{small.url}/attention", files={"file": wav()}, data={"text": "A"}, timeout=0.2)
     wait_until(lambda: count_disconnected(small, "/attention") == before + 1)
     assert "a request failed" not in caplog.text
+
+
+def test_a_client_that_stops_reading_a_stream_loses_its_place(small, wav, monkeypatch):
+    monkeypatch.setattr(app, "SEND_GRACE", 0.2)
+    request = httpx.Request("POST", small.url, files={"file": wav()})
+    messages = [{"type": "http.request", "body": request.read()}]
+    sent = []
+
+    async def receive():
+        return messages.pop() if messages else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message["type"])
+        if len(sent) > 1:
+            await asyncio.Event().wait()  # for ever
+
+    scope = {"type": "http", "method": "POST", "path": "/transcribe", "query_string": b"",
+             "headers": [(name.lower(), value) for name, value in request.headers.raw],
+             "asgi": {"version": "3.0", "spec_version": "2.3"}}  # fmt: skip
+    service = Service(small.service.model, "tiny", small.batcher, replace(small.service.limits, timeout=1.0))
+    asyncio.run(asyncio.wait_for(service.application()(scope, receive, send), 10))
+    assert sent == ["http.response.start", "http.response.body"] and service.in_progress == 0
 
 
 def test_uploads_leave_no_file_behind(small, model, wav, tmp_path, monkeypatch):
@@ -446,6 +506,14 @@ def test_a_wrong_text_or_recording_for_the_attention_is_refused(service, wav):
     for file, message in ((wav(31), "longer than 30 seconds"), (encoded([0.0] * 16000, format="WAV"), "no speech")):
         status, error = service.error(path="/attention", file=file, text="A")
         assert (status, error["param"]) == (400, "file") and message in error["message"]
+
+
+def test_a_refused_recording_of_the_attention_leaves_nothing_in_the_log(service, caplog):
+    with caplog.at_level("ERROR", logger="asyncio"):
+        assert service.error(path="/attention", file=b"not audio", text="A")[0] == 400
+        wait_until(lambda: service.service.in_progress == 0)
+        gc.collect()
+    assert caplog.text == ""
 
 
 def test_the_service_finds_speech_by_the_chosen_way(model, service):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import queue
+import threading
 import time
 import warnings
 
+import numpy as np
 import pytest
+from fakes import raising
 from recordings import encoded
 
 from las_fast.errors import InputError
@@ -112,6 +115,13 @@ def test_a_long_recording_does_not_delay_a_short_one(together, wav):
     assert len(rest) > 2 and all(client is long for client, _ in rest)
 
 
+def test_a_long_silence_does_not_delay_a_short_recording(together, wav):
+    silence = encoded(np.zeros(600 * 16000, np.float32), format="WAV")
+    (long, short), _ = together(silence, wav(), max_seconds=700)
+    assert long.wait()[1] == Transcript("", (), (), 600.0) and short.wait()[1].text
+    assert [client for client, event in long.log if isinstance(event, Transcript)] == [short, long]
+
+
 def test_segments_are_those_of_the_transcript_in_order(together, model, wav):
     (client,), _ = together(wav(45), round_seconds=0)
     segments, transcript = client.wait()
@@ -144,6 +154,28 @@ def test_closing_finishes_the_waiting_recordings(together, wav):
     batcher.close()
     assert not batcher.is_alive
     assert all(isinstance(client.wait()[1], Transcript) for client in clients)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("method", ["_read", "_decode"])
+def test_closing_does_not_wait_for_a_thread_that_a_bug_has_ended(model, wav, method):
+    batcher = Batcher(model, max_seconds=100.0, round_seconds=0)
+    setattr(batcher, method, raising(BaseException("a bug")))
+    batcher.submit(Client(wav(70)).job)
+    while batcher.is_alive:
+        time.sleep(0.01)
+    closing = threading.Thread(target=batcher.close, daemon=True)
+    closing.start()
+    closing.join(1)
+    assert not closing.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_called_function_that_ends_early_does_not_leave_its_caller_waiting(together):
+    _, batcher = together()
+    with pytest.raises(SystemExit):
+        batcher.call(raising(SystemExit())).result(20)
+    assert batcher.is_alive
 
 
 def test_the_error_of_a_called_function_is_in_its_future(together):

@@ -11,13 +11,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+import uvicorn
+from starlette.applications import Starlette
 from tiny_checkpoints import make_checkpoint
 
 from las_fast.errors import InputError
 from las_fast.serve import __main__ as serve
+from las_fast.serve.limits import Limits
 from serve.services import stalled_upload
 
 
@@ -70,6 +74,14 @@ def test_the_address_is_printed_with_a_warning_if_other_machines_reach_it(capsys
     printed = capsys.readouterr()
     assert printed.out == f"tiny on {url}; Ctrl-C stops\n"
     assert printed.err.startswith("warning: every machine") if is_open else not printed.err
+
+
+def test_stopping_waits_no_longer_than_a_request_can_take(monkeypatch):
+    configs = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serve.serve(SimpleNamespace(application=Starlette, name="tiny", limits=Limits(timeout=30.5)), listener)
+    assert configs[0].timeout_graceful_shutdown == 51
 
 
 def test_a_wide_nbest_needs_a_wide_beam(tmp_path):
