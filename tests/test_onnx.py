@@ -185,6 +185,8 @@ def test_the_example_returns_the_greedy_texts_of_an4(tmp_path, shared):
     [
         {"kind": "logmel", "size": 80},
         {"kind": "mfcc", "size": 13, "mel_bins": 23},
+        {"kind": "mfcc", "size": 13, "mel_bins": 23, "lifter": 0.0},
+        {"kind": "mfcc", "size": 13, "mel_bins": 23, "lifter": 10.0},
         {"kind": "logmel", "size": 20, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5},
     ],
 )

@@ -85,7 +85,9 @@ def features(samples, settings):
     k = np.arange(settings["size"])
     dct = np.sqrt(2 / bins) * np.cos(np.pi / bins * (np.arange(bins)[:, None] + 0.5) * k)
     dct[:, 0] = np.sqrt(1 / bins)
-    return (logs @ (dct * (1 + 11 * np.sin(np.pi * k / 22)))).astype(np.float32)
+    lifter = settings["lifter"]
+    scales = 1 + lifter / 2 * np.sin(np.pi * k / lifter) if lifter else 1
+    return (logs @ (dct * scales)).astype(np.float32)
 
 
 def read_wav(path, rate):
