@@ -134,7 +134,7 @@ class AugmentConfig:
     warp: float = number(0.0, at_most=0.5)
     # share of batches whose utterances are joined in pairs: new texts, twice as long
     join: float = number(0.0, at_most=1)
-    silence: float = number(0.0, at_most=1)  # share of utterances with up to a second of silence added at each end
+    silence: float = number(0.0, at_most=1)  # share of utterances with up to 100 frames of silence added at each end
     room: float = number(0.0, at_most=1)  # share of utterances with the reverberation of a simulated room
     noise: float = number(0.0, at_most=1)  # share of utterances with noise of a random colour and level
     babble: float = number(0.0, at_most=1)  # share of utterances with several other utterances in the background
