@@ -6,7 +6,9 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <type_traits>
 #include <vector>
 
@@ -21,18 +23,44 @@ namespace las {
 
 constexpr int64_t MIN_SHARED_PANELS = 4;  // per thread; with fewer, waiting takes longer than reading the weights
 
+// How a team ends when members fail: none may leave while others wait for it at a barrier. A member that fails between
+// barriers k and k + 1 stores k + 1 here and goes there. The others cannot get past that barrier without it. So all
+// that fail do so between the same two barriers and store the same number, and whoever leaves barrier k + 1 sees it and
+// stops. One that sees it when it leaves barrier k goes on to k + 1. run_team has a barrier after the body's last.
+struct TeamFailure {
+  std::atomic_flag is_set;
+  std::exception_ptr error;                      // of the first to fail
+  std::atomic<int64_t> last_barrier{INT64_MAX};  // the number of the barrier at which the team ends, from 1
+};
+
+struct TeamStopped {};  // thrown in members when another one has failed
+
 // A thread of a team, and its rows [begin, begin + count) of all.
 struct TeamMember {
   int64_t rank, size, rows;
-  bool shares;  // the matmuls
+  bool shares;  // the matmuls; otherwise there are no barriers
+  TeamFailure* failure;
+  mutable int64_t barriers = 0;  // passed
 
   int64_t begin() const { return rows * rank / size; }
   int64_t count() const { return rows * (rank + 1) / size - begin(); }
 
   // Wait until all members are here. All must call it equally often.
   void wait() const {
-    if (!shares) return;
+    if (shares && !pass_barrier()) throw TeamStopped();
+  }
+
+  // Returns whether the team goes on.
+  bool pass_barrier() const {
 #pragma omp barrier
+    return ++barriers < failure->last_barrier.load(std::memory_order_relaxed);
+  }
+
+  // End the team with the exception that is being handled.
+  void fail() const {
+    if (!failure->is_set.test_and_set()) failure->error = std::current_exception();
+    failure->last_barrier.store(barriers + 1, std::memory_order_relaxed);  // the barrier makes it visible
+    if (shares) pass_barrier();
   }
 
   // The rows of a matmul in which this member takes part: all if they are shared, else its own.
@@ -55,21 +83,32 @@ struct TeamMember {
   }
 };
 
-// Run body(member) in a team with a member per thread. `columns`: of the matmuls that may be shared.
+// Run body(member) in a team with a member per thread. `columns`: of the matmuls that may be shared. If members throw,
+// throws the exception of the first.
 template <class Body>
 void run_team(int64_t rows, int64_t columns, const Body& body) {
 #ifdef _OPENMP
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (threads > 1) {
+    TeamFailure failure;
 #pragma omp parallel num_threads(threads)
     {
       const int64_t size = omp_get_num_threads(), panels = padded(columns) / COLUMNS;
-      body(TeamMember{omp_get_thread_num(), size, rows, size > 1 && panels >= size * MIN_SHARED_PANELS});
+      const bool shares = size > 1 && panels >= size * MIN_SHARED_PANELS;
+      const TeamMember member{omp_get_thread_num(), size, rows, shares, &failure};
+      try {
+        body(member);
+        member.wait();
+      } catch (const TeamStopped&) {
+      } catch (...) {
+        member.fail();
+      }
     }
+    if (failure.error) std::rethrow_exception(failure.error);
     return;
   }
 #endif
-  body(TeamMember{0, 1, rows, false});
+  body(TeamMember{0, 1, rows, false, nullptr});
 }
 
 }  // namespace las

@@ -1,6 +1,10 @@
 import gc
 import hashlib
+import os
+import resource
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from test_speller_search import WRONG_MEMORY, WRONG_MEMORY_OF_REGISTERED_OP, las
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from las_fast.errors import is_out_of_memory
 from las_fast.ops import SpellerWeights, backends, padding_mask, speller_unroll
 from las_fast.ops.speller_unroll import _reference
 
@@ -423,6 +428,62 @@ def test_results_too_large_for_the_memory_are_an_error_and_not_a_crash(cpp):
     tokens, sampled = torch.zeros(1, U, dtype=torch.int64), torch.zeros(1, U, dtype=torch.bool)
     with pytest.raises((RuntimeError, MemoryError), match="bad_alloc"):
         torch.ops.las_fast.speller_unroll_cpp(weights.flat(), frame, frame, lengths, tokens, sampled, [], False, False)
+
+
+def call_with_ever_less_spare_memory(sizes, gradients):
+    """Halve the range of memory limits between an error and success, for the forward or the backward op."""
+    T, B, _ = sizes[-3:]
+    torch.set_num_threads(2)
+    weights, keys, values, _, tokens, sampled, _ = inputs(*sizes, dropout=False)
+    memory = (keys, values, torch.full((B,), T))
+    forward = (weights.flat(), *memory, tokens, sampled, [], False, True)
+
+    def run():
+        if not gradients:
+            return torch.ops.las_fast.speller_unroll_cpp(*forward)[:2]
+        weights, keys, values = torch.ops.las_fast.speller_unroll_backward_cpp(*backward)
+        return (*weights, keys, values)
+
+    logits, attention, *kept = torch.ops.las_fast.speller_unroll_cpp(*forward)
+    backward = (logits, attention, weights.flat(), *memory, [], attention, *kept, False)
+    expected = run()  # also starts the threads
+    low, high = 0, 2**28  # bytes above the present size
+    while high - low > 2**16:
+        middle, actual = (low + high) // 2, None
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + middle, resource.RLIM_INFINITY))
+        try:
+            actual = run()
+        except (MemoryError, RuntimeError) as error:
+            assert is_out_of_memory(error), error
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        low, high = (middle, high) if actual is None else (low, middle)
+        for a, b in zip(run() if actual is None else actual, expected, strict=True):
+            assert torch.equal(a, b)
+    assert low > 0 and high < 2**28
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gradients"),
+    [  # the last large arrays that a thread takes are:
+        ((2**14, 1, (1,), 1, 1, 1, 256, 1), False),  # the logits of its utterances
+        ((2**12, 1, (64,), 1, 1, 1, 1024, 1), False),  # the same, and threads share the matmuls
+        ((3, 1, (64,), 1, 1, 1, 2**15, 1), False),  # those of a shared matmul, between two barriers
+        ((3, 2**11, (1,), 1, 1, 1, 1024, 1), True),  # the gradients of the projection
+        ((3, 2**11, (1,), 1, 256, 1, 1024, 1), True),  # the same, and threads share the matmuls
+    ],
+    ids=["forward", "shared forward", "between barriers", "backward", "shared backward"],
+)
+def test_a_thread_without_memory_is_an_error_and_not_a_crash(cpp, sizes, gradients):
+    code = f"import test_speller_unroll as t; t.call_with_ever_less_spare_memory({sizes}, {gradients})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment.pop("LD_PRELOAD", None)  # the sanitizers of tests/sanitizers.py reserve all addresses
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def check_and_digest() -> str:
