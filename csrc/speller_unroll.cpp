@@ -193,9 +193,10 @@ UnrollGradients backward(const std::optional<at::Tensor>& logits_gradient,
                          const at::Tensor& operands, const at::Tensor& states, bool bf16) {
   const SpellerWeights w(weights);
   const EncoderMemory memory{keys.contiguous(), values.contiguous(), lengths.contiguous()};
+  const at::Tensor read = tokens_read.contiguous();
   const std::vector<at::Tensor> dropout = contiguous(masks);
-  check(w, memory, tokens_read, at::empty(tokens_read.sizes(), at::kBool), dropout);
-  const UnrollShape shape(w, keys, values, tokens_read);
+  check(w, memory, read, at::empty(read.sizes(), at::kBool), dropout);
+  const UnrollShape shape(w, keys, values, read);
   const RowLayout layout(shape);
   const auto dense_logits = las::contiguous(logits_gradient), dense_attention = las::contiguous(attention_gradient);
   check_like("logits_gradient", dense_logits, {shape.B, shape.U, shape.V}, at::kFloat);
@@ -203,7 +204,7 @@ UnrollGradients backward(const std::optional<at::Tensor>& logits_gradient,
   check_like("attention", attention, {shape.B, shape.U, shape.T}, at::kFloat);
   check_like("operands", operands, {shape.U, shape.B, layout.operands}, bf16 ? at::kBFloat16 : at::kFloat);
   check_like("states", states, {shape.U, shape.B, layout.states}, at::kFloat);
-  const SavedTensors saved{attention, tokens_read, operands, states};
+  const SavedTensors saved{attention, read, operands, states};
   const auto run = bf16 ? &gradients_of<at::BFloat16> : &gradients_of<float>;
   return run(w, memory, shape, dropout, saved, data_or_null<float>(dense_logits), data_or_null<float>(dense_attention));
 }

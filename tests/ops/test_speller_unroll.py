@@ -281,6 +281,23 @@ def test_strided_inputs_give_the_same_results(cpp):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+def test_strided_tokens_give_the_same_gradients(cpp, layout):
+    weights, *memory, tokens, sampled, masks = inputs(*SMALL)
+    tokens = tokens[:1].expand_as(tokens) if layout == "expanded" else tokens.T.contiguous().T
+    with torch.no_grad():
+        forward = (weights.flat(), *memory, tokens, sampled & False, masks, False, True)
+        logits, attention, _, *kept = torch.ops.las_fast.speller_unroll_cpp(*forward)
+
+        def gradients(read):
+            before = (logits, attention, weights.flat(), *memory, masks, attention, read, *kept, False)
+            flat, *others = torch.ops.las_fast.speller_unroll_backward_cpp(*before)
+            return [*flat, *others]
+
+        for a, b in zip(gradients(tokens), gradients(tokens.contiguous()), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_without_gradients_only_two_steps_are_kept_and_results_are_equal(cpp):
     weights, *others, masks = inputs(*SMALL)
     with torch.no_grad():
