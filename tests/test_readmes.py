@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from las_fast import __version__, config, decode, demo, export, options, train, transcribe
+from las_fast import __version__, cli, config, decode, demo, export, options, train, transcribe
 from las_fast.config import Config, load_config
 from las_fast.tree import to_tree
 
@@ -85,7 +85,7 @@ def source_of(module):
 def parse_settings(module, argv):
     """Parse a command that also takes settings."""
     if module == "las_fast.train":
-        return train.parse([word.replace("runs/mine/config.yaml", "tiny") for word in argv])
+        return train.parse(["tiny" if word in ("runs/mine/config.yaml", "PRESET") else word for word in argv])
     command = {"las_fast.decode": decode, "las_fast.export": export}[module]
     return options.parse_settings(
         command.parser(), argv, lambda _: config.DecodingSettings(), kind=config.DecodingSettings
@@ -113,6 +113,23 @@ def test_every_command_of_every_readme_parses(page, argv, request):
         assert (ROOT / argv[1]).is_file(), argv
     elif argv[0].endswith("python"):
         check_module(argv[2], argv[3:], request)
+    elif argv[0] == "las-fast":
+        check_las_fast(argv[1:], request)
+
+
+def check_las_fast(argv, request):
+    """Assert that the command exists, and that its options parse; without options, it is only a name in a sentence."""
+    module, _ = cli.COMMANDS[argv[0]]
+    if argv[1:]:
+        check_module(module.removesuffix(".__main__"), argv[1:], request)
+
+
+def test_a_wrong_command_of_las_fast_is_noticed(request):
+    for right in (["transcribe"], ["transcribe", "a.wav"], ["serve", "--port", "8001"]):
+        check_las_fast(right, request)
+    for wrong in (["transcrib"], ["transcribe", "--bem", "3"], ["serve", "--port", "x"]):
+        with pytest.raises((KeyError, SystemExit)):
+            check_las_fast(wrong, request)
 
 
 def check_module(module, argv, request):
@@ -155,8 +172,12 @@ def test_settings_that_a_readme_names_exist(page):
 
 @cache
 def anchors(page):
-    """The anchors of a Markdown file on GitHub: its headings in lower case, with hyphens."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return anchors_of(page.read_text(encoding="utf-8"))
+
+
+def anchors_of(text):
+    """The anchors of Markdown on GitHub: its headings in lower case, with hyphens."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -171,13 +192,22 @@ def test_links_have_existing_targets(page):
         assert not anchor or anchor in anchors(there), target
 
 
-def test_every_linked_number_in_the_readme_is_on_the_linked_page():
-    linked = re.findall(r"\[([^\]]*\d[^\]]*)\]\(([^)\s#]+\.md)(?:#[^)]*)?\)", README)
-    linked = [(text, target) for text, target in linked if not text.startswith("`")]
+def section(page, anchor):
+    """The part of a Markdown file below the heading with this anchor; all of it without an anchor."""
+    parts = re.split(r"^(#+ .*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if not anchor:
+        return "".join(parts)
+    (heading,) = (i for i in range(1, len(parts), 2) if anchors_of(parts[i]) == {anchor})
+    return parts[heading + 1]
+
+
+def test_every_linked_number_in_the_readme_is_in_the_linked_section():
+    linked = re.findall(r"\[([^\]]*\d[^\]]*)\]\(([^)\s#]+\.md)(?:#([^)]*))?\)", README)
+    linked = [(text, target, anchor) for text, target, anchor in linked if not text.startswith("`")]
     assert len(linked) >= 6
-    for text, target in linked:
-        page = (ROOT / target).read_text(encoding="utf-8")
-        assert all(re.search(rf"(?<![\d.]){re.escape(n)}(?!\d)", page) for n in re.findall(r"[\d.]*\d", text)), text
+    for text, target, anchor in linked:
+        lines = section(ROOT / target, anchor)
+        assert all(re.search(rf"(?<![\d.]){re.escape(n)}(?!\d)", lines) for n in re.findall(r"[\d.]*\d", text)), text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
