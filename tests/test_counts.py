@@ -152,6 +152,7 @@ def test_calls_allocations_and_bytes_stay_within_the_table(what, path):
 
 def test_the_table_has_exactly_the_measured_counts():
     assert table().keys() == count_functions().keys()
+    assert all(limits.keys() == Counts().of().keys() for limits in table().values())
 
 
 def test_counts_are_reproducible():

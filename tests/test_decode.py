@@ -527,6 +527,7 @@ def test_the_summary_is_printed_in_words():
 
 
 def test_a_device_must_exist_and_work(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.choose_device(" CPU ") == torch.device("cpu") == command.choose_device("auto")
     made = []
     monkeypatch.setattr(torch, "zeros", lambda n, device: made.append(device) or torch.ones(n))

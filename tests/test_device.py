@@ -189,8 +189,8 @@ def test_an_exception_in_a_part_is_a_row(monkeypatch, tmp_path):
     assert recorded[1]["note"] == "RuntimeError: no such"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: the command itself runs")
-def test_without_a_gpu_it_ends_with_a_reason(tmp_path):
+def test_without_a_gpu_it_ends_with_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="finds no CUDA device here; give --device cpu --quick"):
         device.main(["--out", str(tmp_path / "out")])
 

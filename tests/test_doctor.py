@@ -1,5 +1,6 @@
 """las-fast doctor: each check says what is there and what would make it better, also in a damaged installation."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,19 @@ def test_advice_stands_below_its_line_and_is_counted():
         "a             there", "b             gone", "              -> get it", "", "1 of 2 could be better"
     ]  # fmt: skip
     assert doctor.table({"a": doctor.Finding("there")}).endswith("\n\nnothing could be better")
+
+
+def test_the_readme_quotes_a_table_of_all_areas():
+    text = (ROOT / "las_fast" / "deploy" / "README.md").read_text("utf-8")
+    quoted = re.search(r"^\$ python -m las_fast.doctor\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)[1]
+    findings = {}
+    for line in quoted.splitlines()[:-2]:
+        if line.startswith(" "):
+            area, finding = findings.popitem()
+            findings[area] = finding._replace(advice=line.strip().removeprefix("-> "))
+        else:
+            findings[line[:14].strip()] = doctor.Finding(line[14:])
+    assert list(findings) == list(doctor.CHECKS) and doctor.table(findings) == quoted
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from las_fast import options
+from las_fast import cli, options
 from las_fast.config import Config, DecodingConfig, SpellerConfig, TeacherForcingStage, to_tree
 from las_fast.errors import InputError
 from las_fast.options import SYNONYMS, Parser, as_path, as_recording, parse_settings
 
-COMMANDS = (
-    *("train", "decode", "transcribe", "lm", "tune", "export", "report", "attention", "demo", "doctor"),
-    *("ops.__main__", "data.spoken", "data.kokoro"),
-)
+COMMANDS = (*(module.removeprefix("las_fast.") for module, _ in cli.COMMANDS.values()), "data.spoken", "data.kokoro")
 
 
 def error_of(capsys, call, *arguments) -> str:

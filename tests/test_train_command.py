@@ -296,9 +296,11 @@ def test_the_command_prints_its_data_and_saves_its_settings(archive, tmp_path, c
     assert first_arguments == argv and second_arguments == [*argv, "--data.workers", "0"]
     assert (out / "config.yaml").read_text() == to_yaml(again.config) and made.config.training.epochs == 3
     assert made.source == {"kind": "features", "name": "HW4P2 F23"} and made.device == torch.device("cpu")
-    for weird in (argv, [*argv, "--resume"]):
-        with train.lock_run_folder(out), pytest.raises(InputError):
-            train.main(weird)
+    with train.lock_run_folder(out):
+        for more in ([], ["--resume"]):
+            with pytest.raises(InputError, match="another training is writing into"):
+                train.main([*argv, *more])
+            (out / "last.pt").touch()  # without it, there is nothing to resume
 
 
 def test_a_training_is_complete_only_after_its_last_validation(archive, tmp_path, capsys, monkeypatch, began):

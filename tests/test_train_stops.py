@@ -383,10 +383,12 @@ def test_a_damaged_end_of_a_log_leaves_its_complete_rows(tmp_path, end):
 
 def test_a_log_truncated_at_any_byte_gives_its_complete_rows(uninterrupted, tmp_path):
     content = (uninterrupted / "log.jsonl").read_bytes()
-    path = tmp_path / "log.jsonl"
-    for end in range(0, len(content), 7):
+    path, rows = tmp_path / "log.jsonl", read_rows(uninterrupted / "log.jsonl")
+    assert len(rows) == content.count(b"\n") > 2
+    for end in range(len(content) + 1):
         path.write_bytes(content[:end])
-        assert len(read_rows(path)) in (content[:end].count(b"\n"), content[:end].count(b"\n") + 1)
+        complete = content[: end + 1].count(b"\n")  # a line is complete without its newline
+        assert read_rows(path) == rows[:complete]
 
 
 def test_resuming_drops_lines_that_are_not_log_rows(archive, uninterrupted, tmp_path):

@@ -611,13 +611,14 @@ SYNCHRONISING = (aten.item, aten._local_scalar_dense, aten.is_nonzero, aten.nonz
 
 
 class RecordOps(TorchDispatchMode):
-    """Records ops that make the host wait for the device, and the size of the largest result."""
+    """Records the ops, those that make the host wait for the device, and the size of the largest result."""
 
     def __init__(self):
         super().__init__()
-        self.waits, self.largest = [], 0
+        self.seen, self.waits, self.largest = set(), [], 0
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.seen.add(function.overloadpacket)
         if function.overloadpacket in SYNCHRONISING:
             self.waits.append(function)
         result = function(*arguments, **(named or {}))
@@ -664,13 +665,16 @@ def test_the_search_does_not_read_numbers_from_the_device():
     assert model.steps == 80 and record.waits == []
 
 
-def test_keys_are_never_repeated_over_the_beam():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_are_never_repeated_over_the_beam(backend):
     speller = SpellerConfig(key_size=32, value_size=16, embedding_size=8, lstm_sizes=(8,))
     model = LAS(ModelConfig(ListenerConfig((8,), (3,), (1,), 8, 1), speller), input_size=4, vocabulary_size=9).eval()
     with torch.inference_mode():
         listened = model.listen(torch.randn(2, 200, 4), torch.tensor([200, 150]))
     with RecordOps() as record:
-        beam_search(model, listened, config(beam=16, maximum_share=0.1))
+        beam_search(model, listened, config(beam=16, maximum_share=0.1), backend=backend, capture=False)
+    attention = aten.bmm if backend == "reference" else torch.ops.las_fast.masked_attention_cpp
+    assert attention in record.seen  # not a search in one op, whose tensors cannot be recorded
     assert record.largest < 2 * listened.keys.numel()
 
 

@@ -237,8 +237,14 @@ def test_after_a_bug_in_a_thread_requests_get_503_at_once(model, wav):
 
 @pytest.fixture(scope="module")
 def small(model):
-    limits = Limits(max_bytes=100_000, max_seconds=2.0, timeout=1.0, queue=2)
+    limits = Limits(max_bytes=100_000, max_seconds=2.0, timeout=20.0, queue=2)
     with running(model, limits) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def hasty(model):
+    with running(model, Limits(timeout=1.0, queue=2)) as one:
         yield one
 
 
@@ -289,19 +295,18 @@ def test_more_requests_than_places_get_503(small, wav):
     assert small.post(file=wav()).status_code == 200
 
 
-def test_a_slow_upload_gets_408(small):
-    with stalled_upload(small.client.base_url.port) as connection:
-        wait_until(lambda: small.service.in_progress == 1)
+def test_a_slow_upload_gets_408(hasty):
+    with stalled_upload(hasty.client.base_url.port) as connection:
         connection.settimeout(20)
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 408") and b"upload_timeout" in answer
 
 
-def test_a_request_that_the_model_cannot_do_in_time_gets_504(small, wav):
-    with small.blocked():
-        status, error = small.error(file=wav())
+def test_a_request_that_the_model_cannot_do_in_time_gets_504(hasty, wav):
+    with hasty.blocked():
+        status, error = hasty.error(file=wav())
     assert (status, error["type"], error["code"]) == (504, "server_error", "timeout")
-    assert small.post(file=wav()).status_code == 200
+    wait_until(lambda: hasty.post(file=wav()).status_code == 200)  # on a busy machine, the first may take too long
 
 
 def count_disconnected(service, path="/v1/audio/transcriptions"):

@@ -14,6 +14,7 @@ from fakes import Curriculum, raising
 from tiny_checkpoints import bare_trainer, make_trainer, small
 
 from las_fast import progress
+from las_fast.checkpoint import load_model
 from las_fast.config import AugmentConfig
 from las_fast.errors import InputError, Stopped
 from las_fast.output.metrics import Scores
@@ -482,6 +483,18 @@ def test_a_training_that_stops_after_the_first_validation_resumes_without_repeat
     again = make_trainer(archive, tmp_path, config)
     again.resume()
     assert again.progress.step == 1 and again.progress.validated == 0 and not again.validation_due
+
+
+def test_a_training_that_only_makes_it_worse_keeps_its_initial_weights_as_the_best(archive, tmp_path, monkeypatch):
+    made = make_trainer(archive, tmp_path, small(training=replace(small().training, validate_first=True)))
+    initial = {name: value.clone() for name, value in made.model.state_dict().items()}
+    cers = [40.0, 50.0, 45.0]
+    monkeypatch.setattr(trainer_module, "validate", lambda *_: validation(cers.pop(0)))
+    made.run()
+    assert cers == [] and not all(torch.equal(x, initial[name]) for name, x in made.averaged.state_dict().items())
+    best = load_model(tmp_path / "best.safetensors")
+    assert best.info["step"] == 0 and best.info["dev"]["cer"] == 40.0
+    assert all(torch.equal(x, initial[name]) for name, x in best.model.state_dict().items())
 
 
 def test_the_fault_of_the_texts_is_in_the_line_of_the_validation():
