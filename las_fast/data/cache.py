@@ -3,10 +3,14 @@
 An entry is a folder with features.f32 (the raw frames of all good utterances, concatenated, float32) and index.json
 (ids, texts, frame counts, seconds, and the bad utterances with reasons). Its name contains a hash of everything it
 depends on. It is built under a hidden name and renamed when complete, so an interrupt leaves no incomplete entry.
+
+The reason of a bad utterance can lie outside its file: a package is missing, or a permission. Bad utterances are
+therefore read again whenever their entry is opened. If one is good now, a new entry is built as NAME.1, NAME.2, ...
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -17,9 +21,9 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,7 @@ import numpy as np
 
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
-from las_fast.data.readers import SKIP_HINT, read_utterances
+from las_fast.data.readers import SKIP_HINT, read_utterance, read_utterances
 from las_fast.errors import InputError
 from las_fast.files import expand
 from las_fast.progress import Progress
@@ -101,7 +105,7 @@ def open_cache(
     progress: bool = True,
     workers: int | None = None,
 ) -> CacheEntry:
-    """Open the cache entry of a split; build it if there is none.
+    """Open the cache entry of a split; build it if there is none, or if a bad utterance of it is good now.
 
     Args:
         utterances: of the split, from corpus.utterances.
@@ -114,28 +118,62 @@ def open_cache(
         InputError: an utterance is bad and check is given, or the cache cannot be written.
     """
     cache = cache_folder(folder)
-    target = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', split)[:40]}-{_key(corpus, utterances, features)}"
+    name = f"{re.sub(r'[^A-Za-z0-9.-]+', '-', split)[:40]}-{_key(corpus, utterances, features)}"
+    target, following = _newest(cache / name)
     entry = _read_entry(target)
+    if entry and entry.bad:
+        entry = _read_bad_again(entry, corpus, utterances, features, stop=check is not None)
+        target = target if entry else following
     if entry is None:
-        try:
-            _build(target, corpus, split, utterances, features, check, progress, workers)
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise InputError(
-                f"the feature cache {cache} cannot be written ({reason}); free some space, or set XDG_CACHE_HOME to "
-                "another folder (in training also --data.cache)"
-            ) from None
-        entry = _read_entry(target)
-        if entry is None:
-            raise InputError(f"the feature cache {target} was removed or damaged while in use; run again")
-        _remove_unused(target, corpus, split)
-        if progress:
-            size = (target / "features.f32").stat().st_size / 1e6
-            print(f"feature cache of {split}: {target} ({size:.1f} MB)", file=sys.stderr)
+        entry = _new_entry(target, corpus, split, utterances, features, check, progress, workers)
     with suppress(OSError):  # a cache may be read-only
         os.utime(target / "index.json")  # time of last use
     if check and entry.bad:
         raise InputError(f"{entry.bad[0][1]}{SKIP_HINT}")
+    return entry
+
+
+def _newest(first: Path) -> tuple[Path, Path]:
+    """Return the newest of the entries FIRST, FIRST.1, FIRST.2, ..., and the one after it.
+
+    Each has its own name, because a running command may still read the one before.
+    """
+    suffixes = [path.suffix[1:] for path in first.parent.glob(f"{first.name}.*")]
+    last = max((int(suffix) for suffix in suffixes if suffix.isdecimal()), default=0)
+    return first.with_name(f"{first.name}.{last}") if last else first, first.with_name(f"{first.name}.{last + 1}")
+
+
+def _read_bad_again(entry: CacheEntry, corpus, utterances, features, *, stop: bool) -> CacheEntry | None:
+    """Return the entry with the present reasons of its bad utterances; None if it must be built again.
+
+    stop: one that is still bad is enough to know, because it ends the command; otherwise one that is good is.
+    """
+    bad = []
+    for name, _, position in entry.bad:
+        problem = read_utterance(corpus, utterances[position], features).problem
+        if problem:
+            bad.append((name, problem, position))
+        if stop == bool(problem):
+            break
+    return replace(entry, bad=bad) if stop and bad or len(bad) == len(entry.bad) else None
+
+
+def _new_entry(target: Path, corpus, split, utterances, features, check, progress, workers) -> CacheEntry:
+    try:
+        _build(target, corpus, split, utterances, features, check, progress, workers)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(
+            f"the feature cache {target.parent} cannot be written ({reason}); free some space, or set XDG_CACHE_HOME "
+            "to another folder (in training also --data.cache)"
+        ) from None
+    entry = _read_entry(target)
+    if entry is None:
+        raise InputError(f"the feature cache {target} was removed or damaged while in use; run again")
+    _remove_unused(target, corpus, split)
+    if progress:
+        size = (target / "features.f32").stat().st_size / 1e6
+        print(f"feature cache of {split}: {target} ({size:.1f} MB)", file=sys.stderr)
     return entry
 
 
@@ -191,20 +229,44 @@ def _build(target, corpus, split, utterances, features, check, progress, workers
     scratch = target.parent / f".building-{target.name}-{unique}"
     scratch.mkdir()
     try:
-        items = read_utterances(corpus, utterances, features, scratch, workers or cores())
-        bar = Progress(len(utterances), f"reading {split}", "utterances", show=progress)
-        with closing(items), bar:  # closing items ends the workers
-            index = _write_features(scratch / "features.f32", items, utterances, check, bar)
-        size = features.size if corpus.kind == "audio" else corpus.feature_size
-        index = {"root": os.path.abspath(corpus.root), "split": split, "size": size, **index}
-        (scratch / "index.json").write_text(json.dumps(index), encoding="utf-8")
-        if target.exists() and _read_entry(target) is None:
-            target.rename(scratch / "damaged")
-        with suppress(OSError):  # another process may have finished the same entry first: use that one
-            scratch.rename(target)
+        with _locked(scratch / "features.f32"):
+            items = read_utterances(corpus, utterances, features, scratch, workers or cores())
+            bar = Progress(len(utterances), f"reading {split}", "utterances", show=progress)
+            with closing(items), bar:  # closing items ends the workers
+                index = _write_features(scratch / "features.f32", items, utterances, check, bar)
+            size = features.size if corpus.kind == "audio" else corpus.feature_size
+            index = {"root": os.path.abspath(corpus.root), "split": split, "size": size, **index}
+            (scratch / "index.json").write_text(json.dumps(index), encoding="utf-8")
+            if target.exists() and _read_entry(target) is None:
+                target.rename(scratch / "damaged")
+            with suppress(OSError):  # another process may have finished the same entry first: use that one
+                scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(target / "damaged", ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Create a file and keep it locked, so that _remove_abandoned of another container sees that this build runs."""
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        with suppress(OSError):  # the file system has no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        new.rename(path)  # only now, so that nobody finds it unlocked
+        yield
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Return whether a process has locked a file; None if there is no such file or the file system has no locks."""
+    try:
+        with path.open("rb+") as file:  # NFS locks only files that are open for writing
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
 
 
 def _write_features(path: Path, items, utterances: Sequence[Utterance], check, bar: Progress) -> dict:
@@ -230,11 +292,17 @@ def _write_features(path: Path, items, utterances: Sequence[Utterance], check, b
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove unfinished builds whose process no longer runs."""
+    """Remove unfinished builds whose process no longer runs.
+
+    A process number alone proves nothing: another container can have the same host name.
+    """
     local = re.compile(rf"\.building-.*-{re.escape(socket.gethostname())}-(\d+)-[^-]*")
     for path in cache.glob(".building-*"):
         dead = False
-        if match := local.fullmatch(path.name):
+        locked = _is_locked(path / "features.f32")
+        if locked:
+            continue
+        if locked is False and (match := local.fullmatch(path.name)):
             dead = not _is_running(int(match[1]))
         else:
             with suppress(OSError):

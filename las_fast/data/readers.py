@@ -69,13 +69,15 @@ def read_utterances(
         return
     workers = min(workers, len(chunks))
     children: list[subprocess.Popen] = []
+    queues: list[queue.Queue] = []
+    threads: list[threading.Thread] = []
     try:
-        queues: list[queue.Queue] = []
         for k in range(workers):
             (scratch / f"task-{k}.pickle").write_bytes(pickle.dumps((task, chunks[k::workers])))
             children.append(_start_worker(scratch / f"task-{k}.pickle"))
             queues.append(queue.Queue(maxsize=2))
-            threading.Thread(target=_receive, args=(children[-1], queues[-1]), daemon=True).start()
+            threads.append(threading.Thread(target=_receive, args=(children[-1], queues[-1]), daemon=True))
+            threads[-1].start()
         for i, chunk in enumerate(chunks):
             missing = len(chunk)
             while missing:
@@ -92,6 +94,8 @@ def read_utterances(
             child.kill()
             child.wait()
             (scratch / f"task-{k}.pickle").unlink()
+        for child, results, thread in zip(children, queues, threads, strict=False):  # fewer if a start failed
+            _end_receiver(child, results, thread)
 
 
 def _start_worker(task: Path) -> subprocess.Popen:
@@ -111,6 +115,15 @@ def _receive(child: subprocess.Popen, results: queue.Queue) -> None:
             results.put(pickle.load(stdout))
     except Exception as error:  # forward any error, or the consumer waits forever
         results.put(f"exit status {child.wait()}, {type(error).__name__} {error}")
+
+
+def _end_receiver(child: subprocess.Popen, results: queue.Queue, thread: threading.Thread) -> None:
+    """End the thread that reads from a killed worker, which may be waiting for room in its queue."""
+    while thread.is_alive():
+        with suppress(queue.Empty):
+            results.get(timeout=0.01)  # no wait for the end mark: read_utterances may have taken it already
+    stdout: Any = child.stdout
+    stdout.close()
 
 
 def run_worker() -> None:

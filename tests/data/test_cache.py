@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -11,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +222,58 @@ def test_an_unfinished_build_of_another_host_is_kept_for_two_days(folder, hours,
     assert len(entries(folder)) == (4 if kept else 1)
 
 
+def abandoned_build(folder):
+    """Make the folder of a build by a process of this host that has ended."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    path = folder / f".building-dev-clean-abc-{socket.gethostname()}-{child.pid}-12345678"
+    path.mkdir(parents=True)
+    (path / "features.f32").write_bytes(b"half")
+    return path
+
+
+def test_a_locked_build_is_kept_although_its_process_number_is_free_here(folder):
+    build = abandoned_build(folder)
+    with (build / "features.f32").open("rb") as file:  # a container with the same host name has another process 7
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.utime(build, (1, 1))
+        cache_module._remove_abandoned(folder)
+        assert (build / "features.f32").exists()
+    cache_module._remove_abandoned(folder)
+    assert entries(folder) == []
+
+
+def test_another_container_cannot_remove_a_running_build(corpus, folder, monkeypatch):
+    whole = cache_module.read_utterances
+
+    def clean_first(*arguments):
+        cache_module._remove_abandoned(folder)
+        yield from whole(*arguments)
+
+    monkeypatch.setattr(cache_module, "_is_running", lambda pid: False)
+    monkeypatch.setattr(cache_module, "read_utterances", clean_first)
+    assert len(build_entry(corpus, folder).ids) == 4
+
+
+def test_a_build_is_not_found_before_it_is_locked(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(fcntl, "flock", lambda *_: names.append(entries(tmp_path)))
+    with cache_module._locked(tmp_path / "features.f32"):
+        assert (names, entries(tmp_path)) == ([["features.new"]], ["features.f32"])
+
+
+def test_without_locks_a_build_is_kept_for_two_days(corpus, folder, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    build = abandoned_build(folder)
+    assert len(build_entry(corpus, folder).ids) == 4 and build.exists()
+    os.utime(build, (1, time.time() - 48.1 * 3600))
+    cache_module._remove_abandoned(folder)
+    assert not build.exists()
+
+
 def test_a_process_of_another_user_counts_as_running(monkeypatch):
     def kill(pid, number):
         raise PermissionError(f"{pid} {number}")
@@ -283,6 +337,22 @@ def test_large_splits_are_read_by_the_requested_processes(corpus, tmp_path, monk
         assert [item.id for item in items] == [u.id for u in utterances]
     assert len(children) == processes and all(child.returncode is not None for child in children)
     assert list(tmp_path.glob("*.pickle")) == []
+
+
+def test_a_stopped_build_leaves_no_thread_and_no_descriptor(corpus, tmp_path, monkeypatch):
+    children, queues, start, receive = [], [], readers._start_worker, readers._receive
+    monkeypatch.setattr(readers, "_start_worker", lambda task: children.append(start(task)) or children[-1])
+    monkeypatch.setattr(readers, "_receive", lambda child, results: queues.append(results) or receive(child, results))
+    utterances = [Utterance(str(i), Path("x.npy"), None, problem="bad") for i in range(320)]
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    items = readers.read_utterances(corpus, utterances, F23, tmp_path, 2)
+    next(items)
+    end = time.monotonic() + 60
+    while sum(results.full() for results in queues) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    items.close()
+    assert len(children) == 2 and all(child.stdout.closed for child in children)
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
 
 def test_a_cache_is_built_by_as_many_processes_as_there_are_cores(corpus, folder, monkeypatch):
@@ -709,6 +779,60 @@ def test_a_damaged_transcript_is_reported(corpus, folder):
     with pytest.raises(InputError, match="truncated") as error:
         build_entry(corpus, folder, check=lambda *_: "")
     assert str(path) in str(error.value)
+
+
+def unreadable(monkeypatch, reasons):
+    """Let the recordings of some utterances be unreadable for reasons outside their files; return the ids read."""
+    read, whole = [], readers._read_recording
+
+    def read_recording(u, rate):
+        read.append(u.id)
+        return (None, readers.Item(u.id, problem=reasons[u.id])) if u.id in reasons else whole(u, rate)
+
+    monkeypatch.setattr(readers, "_read_recording", read_recording)
+    return read
+
+
+def test_a_bad_recording_that_is_readable_now_is_no_longer_left_out(tmp_path, folder, monkeypatch):
+    corpus = open_corpus(make_manifest(tmp_path / "data"))
+    ids = [u.id for u in corpus.utterances("train")]
+    reasons = {ids[0]: "needs PyAV", ids[2]: "needs PyAV"}
+    read = unreadable(monkeypatch, reasons)
+    first = build_entry(corpus, folder, "train", FeatureConfig())
+    del read[:], reasons[ids[0]]  # pip install av helps one of them
+    second = build_entry(corpus, folder, "train", FeatureConfig())
+    assert second.bad == [(ids[2], "needs PyAV", 2)] and second.ids == [ids[0], ids[1], ids[3]]
+    assert read == [ids[0], *ids]  # one that is good is enough to build again
+    assert second.folder.name == f"{first.folder.name}.1"
+    expected = build_entry(corpus, tmp_path / "other", "train", FeatureConfig()).frames(1)
+    assert np.array_equal(first.frames(0), expected)  # a running command still reads the earlier entry
+    del reasons[ids[2]]
+    third = build_entry(corpus, folder, "train", FeatureConfig())
+    assert third.bad == [] and third.ids == ids and third.folder.name == f"{first.folder.name}.2"
+    read.clear()
+    assert build_entry(corpus, folder, "train", FeatureConfig()).folder == third.folder and read == []
+
+
+def test_only_bad_recordings_are_read_again_and_their_present_reason_is_given(tmp_path, folder, monkeypatch):
+    corpus = open_corpus(make_manifest(tmp_path / "data"))
+    one, two = (u.id for u in corpus.utterances("train")[:2])
+    reasons = {one: "no permission", two: "no permission"}
+    read = unreadable(monkeypatch, reasons)
+    build_entry(corpus, folder, "train", FeatureConfig())
+    read.clear()
+    reasons[two] = "is damaged"
+    entry = build_entry(corpus, folder, "train", FeatureConfig())
+    assert entry.bad == [(one, "no permission", 0), (two, "is damaged", 1)] and read == [one, two]
+    read.clear()
+    with pytest.raises(InputError, match="^no permission; or leave such utterances out"):
+        build_entry(corpus, folder, "train", FeatureConfig(), check=lambda *_: "")
+    assert read == [one]
+    del reasons[one]
+    with pytest.raises(InputError, match="^is damaged; or leave such utterances out"):
+        build_entry(corpus, folder, "train", FeatureConfig(), check=lambda *_: "")
+    assert entries(folder) == [entry.folder.name]  # nothing was built in vain
+    del reasons[two]
+    assert build_entry(corpus, folder, "train", FeatureConfig(), check=lambda *_: "").bad == []
 
 
 def test_bad_recordings_are_reported_or_skipped(tmp_path, folder):
