@@ -210,6 +210,8 @@ def picture_of_utterance(model: Recogniser, options: argparse.Namespace) -> Pict
     corpus = open_corpus(options.data)
     utterance = find_utterance(corpus, options.utterance, options.split)
     check_fits(corpus, model.loaded)
+    if utterance.problem:
+        raise InputError(utterance.problem)
     if corpus.kind == "features":
         return picture_of_features(model, corpus, utterance, options)
     start, end = utterance.start + options.start, None if options.end is None else utterance.start + options.end
@@ -217,9 +219,9 @@ def picture_of_utterance(model: Recogniser, options: argparse.Namespace) -> Pict
     if math.isfinite(limit):
         end = limit if end is None else min(end, limit)
     if end is not None and start >= end:
-        seconds = end - utterance.start
-        raise InputError(f"--start {options.start:g} is not before the end of {show(utterance.id)}, {seconds:.1f} s")
-    return make_picture(model, utterance.path, start, end, **spelling(options))
+        raise starts_late(options.start, utterance, end - utterance.start)
+    path = utterance.path.absolute()  # "-" would be standard input
+    return make_picture(model, path, start, end, **spelling(options))
 
 
 def find_utterance(corpus: Corpus, name: str, split: str | None) -> Utterance:
@@ -254,16 +256,21 @@ def picture_of_features(
     if item.frames is None:
         raise InputError(item.problem)
     shift = config.shift_ms / 1000
-    first, last = round(options.start / shift), None if options.end is None else round(options.end / shift)
+    first = round(options.start / shift)
+    last = None if options.end is None else max(first + 1, round(options.end / shift))
     frames = torch.from_numpy(item.frames[first:last])
     if not len(frames):
-        end = f"the end of {show(utterance.id)}, {item.seconds:.1f} s"
-        raise InputError(f"--start {options.start:g} is not before {end}")
+        raise starts_late(options.start, utterance, item.seconds)
     check_length(utterance.id, len(frames) * shift, options.start)
     tokens, weights = attend(model, frames, **spelling(options))
     drawn = per_column(model, weights, np.arange(len(frames)), len(frames))
     shown = normalise(frames, config, model.loaded.statistics).numpy()
     return Picture(model.loaded.vocabulary.decode(tokens), drawn, shown, shift, first * shift, None)
+
+
+def starts_late(start: float, utterance: Utterance, seconds: float) -> InputError:
+    """Return the error about a --start after the end of an utterance of `seconds`."""
+    return InputError(f"--start {start:g} is not before the end of {show(utterance.id)}, {seconds:.1f} s")
 
 
 def check_length(name: str | Path, seconds: float, start: float) -> None:

@@ -31,6 +31,7 @@ from las_fast.options import Parser, add_beam_options, as_folder, check_beam_opt
 from las_fast.tree import to_tree
 
 PRESET = "tiny"
+BEAM = 8  # by default
 EXAMPLES = 5  # utterances printed at the end
 
 
@@ -46,15 +47,25 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--out", type=as_folder, default=Path("runs/demo"), help="folder for all results (default runs/demo)"
     )
     spoken.add_sizes(parser)
-    add_beam_options(parser, beam=8)
+    add_beam_options(parser, beam=BEAM)
+    parser.set_defaults(beam=None)  # tells whether it is given
     parser.add_argument("--fresh", action="store_true", help="make everything again, even if it exists")
     parser.fields = tuple(field_names(to_tree(Config())))
     options, rest = parser.parse_known_args(argv)
     check_names(parser, rest)
     check_beam_options(options)
     config = override(parser, load_config(PRESET), rest)  # reports wrong settings before a corpus is synthesised
+    options.beam = choose_beam(options.beam, config.decoding.beam if "decoding.beam" in parser.user_set else None)
     check(replace(config, decoding=replace(config.decoding, beam=options.beam)))
     return options, rest
+
+
+def choose_beam(option: int | None, setting: int | None) -> int:
+    """Return the beam that --beam or --decoding.beam gives, or BEAM; raise InputError if they are different."""
+    given = {beam for beam in (option, setting) if beam is not None}
+    if len(given) > 1:
+        raise InputError(f"--beam {option} and --decoding.beam {setting} are different; give one of them")
+    return given.pop() if given else BEAM
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from las_fast.errors import JSON_ESCAPES, InputError, is_out_of_memory
+from las_fast.errors import JSON_ESCAPES, MAX_MESSAGE, InputError, is_out_of_memory
 
 BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"  # in a run folder
 DEFAULT_MODEL = "english"  # the released model of commands without --checkpoint
@@ -25,6 +25,7 @@ FORMER_NAMES = {"speech13h": "english"}  # of released models, with the models t
 NAME_MAX = 255  # bytes of a file name on most file systems
 FIRST_LINE_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
+AMPLE_BYTES = 2**30  # free on a disk that is not full, whatever failed
 KNOWN_SUFFIXES = {  # an output of another kind must not have one of these
     *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".srt", ".vtt", ".html", ".md", ".yaml", ".yml", ".pdf"),
     *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".mp4", ".aiff", ".au", ".w64", ".webm"),
@@ -178,7 +179,9 @@ def prepare_output_file(
     length = len(os.fsencode(path.name))
     if length > NAME_MAX:
         raise InputError(f"{option}: the name {path.name[:20]}... has {length} bytes; give one of at most {NAME_MAX}")
-    make_folder(path.parent, option)
+    # Of a link, the folder of its target: the file is written there.
+    folder = Path(os.path.realpath(path)).parent if os.path.islink(path) else path.parent
+    make_folder(folder, option)
     if os.path.isdir(path):
         raise InputError(f"{option} {path} is a folder; give the name of a file to write")
     if not os.path.exists(path):
@@ -193,7 +196,7 @@ def prepare_output_file(
         raise InputError(f"{option} {path} exists and is not {what}; give another name, or remove it first")
 
 
-def _same_file(path: Path, other: str | Path) -> bool:
+def _same_file(path: Path, other: str | Path | int) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return os.path.samefile(path, other)
     return False
@@ -210,22 +213,19 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     path = Path(os.path.realpath(path))  # a link is kept, and its target is replaced
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is not a regular file; give another name")
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the content
-        temporary.chmod(_mode(path))
-        os.replace(temporary, path)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        _remove(temporary)
-        if is_out_of_memory(error):
-            raise
-        reason, advice = _explain_failure(error, path.parent)
-        raise InputError(f"{path} could not be written ({reason}); {advice}") from None
-    except BaseException:  # an interrupt must not leave a half-written file either
-        _remove(temporary)
-        raise
+    with contextlib.ExitStack() as stack:  # which an interrupt closes too
+        try:
+            temporary = stack.enter_context(_temporary_file(path))
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # the name must not reach the disk before the content
+            temporary.chmod(_mode(path))
+            os.replace(temporary, path)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason, advice = _explain_failure(error, path.parent)  # while the temporary file still fills the disk
+            raise InputError(f"{path} could not be written ({reason}); {advice}") from None
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
@@ -254,21 +254,50 @@ def write_tensors(path: str | Path, save_file: Callable[[str], None], save: Call
     write_atomically(path, write)
 
 
-def _temporary(path: Path) -> Path:
-    """Return a hidden name in the same folder, of at most NAME_MAX bytes.
+@contextlib.contextmanager
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a path in a hidden folder beside `path` that no other writer of `path` uses; remove both at the end.
 
-    The name depends only on path, so that the next run overwrites the file that a killed process left.
+    The folder is locked while it is in use, so one that a killed process left is used again. The file itself cannot be
+    locked: safetensors puts another in its place.
     """
-    name = f".{path.name}.partial"
+    lock, number = None, 0
+    while lock is None:
+        number += 1
+        folder = _temporary(path, number)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o700)
+        lock = _lock(folder)
+    try:
+        yield folder / path.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # a failure must not hide the error being handled
+        os.close(lock)
+
+
+def _temporary(path: Path, number: int) -> Path:
+    """Return a hidden name in the same folder, of at most NAME_MAX bytes, which depends only on the arguments."""
+    name = f".{path.name}.{number}.partial"
     if len(os.fsencode(name)) > NAME_MAX:
-        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.partial"
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.{number}.partial"
     return path.with_name(name)
 
 
-def _remove(path: Path) -> None:
-    """Remove a file if it exists; a failure must not hide the error being handled."""
-    with contextlib.suppress(OSError):
-        path.unlink()
+def _lock(folder: Path) -> int | None:
+    """Lock a folder; return its descriptor, or None if another writer has locked or removed it or it is not ours."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_locked = True
+    except OSError as error:  # other errors mean that the file system has no locks
+        is_locked = not isinstance(error, BlockingIOError)
+    if is_locked and _same_file(folder, lock):  # not removed before it was locked
+        return lock
+    os.close(lock)
+    return None
 
 
 def _mode(path: Path) -> int:
@@ -287,7 +316,9 @@ def _explain_failure(error: Exception, folder: Path) -> tuple[str, str]:
     # On a full disk, torch.save and safetensors raise errors that do not mention it.
     reason = getattr(error, "strerror", None) or "the file system accepts no more data"
     try:
-        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there"
+        free = shutil.disk_usage(folder).free
     except OSError:
-        free = "the folder is gone"
-    return f"{reason}; {free}", "free some space or choose another folder"
+        return f"{reason}; the folder is gone", "free some space or choose another folder"
+    if not isinstance(error, OSError) and free > AMPLE_BYTES:
+        return (str(error).splitlines() or [type(error).__name__])[0][:MAX_MESSAGE], "choose another name or folder"
+    return f"{reason}; {free / 2**20:.0f} MiB are free there", "free some space or choose another folder"

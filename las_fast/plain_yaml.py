@@ -48,9 +48,12 @@ class _Loader(yaml.SafeLoader):
         seen: dict[str, int] = {}
         for key, _ in getattr(node, "value", ()):
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, line) != line:
-                first = seen[key.value]
-                raise InputError(f"{key.value} is set twice, in lines {first} and {line}; remove one of them")
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if first := seen.get(key.value):
+                place = f"line {line}" if first == line else f"lines {first} and {line}"
+                raise InputError(f"{key.value} is set twice, in {place}; remove one of them")
+            seen[key.value] = line
         return super().construct_mapping(node, deep)
 
 
@@ -80,6 +83,8 @@ def load(text: str, where: str) -> Any:
     except RecursionError:
         raise InputError(f"{where} is nested too deeply; give a file of settings") from None
     # Values with explicit tags raise all of these.
+    except LookupError:
+        raise InputError(f"{where} has a value that its tag, such as !!int, does not allow; remove the tag") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 

@@ -1,6 +1,7 @@
 """The command las_fast.attention: the picture of one recording, its axes, and errors."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import soundfile
 import torch
 from matplotlib.axes import Axes
 from tiny_checkpoints import make_checkpoint
-from tiny_corpora import make_archive, make_speech
+from tiny_corpora import make_archive, make_kaldi, make_speech
 
 from las_fast import Recogniser, attention, load, transcribe
 from las_fast.config import FeatureConfig
@@ -234,6 +235,30 @@ def test_an_utterance_of_recordings_is_drawn_as_its_part_of_the_recording(worksp
     assert options["sample_rate"] == 16000
     with pytest.raises(InputError, match=r"^--start 2 is not before the end of middle, 1.5 s$"):
         draw_utterance(archive, "--utterance", "middle", "--start", 2, "--out", tmp_path / "y.png")
+
+
+@pytest.mark.parametrize(("end", "count"), [(0.004, 1), (0.016, 2)])
+def test_a_part_of_an_archives_utterance_has_at_least_one_frame(archive, end, count):
+    model, corpus = load(archive[1], device="cpu"), open_corpus(archive[0])
+    options = SimpleNamespace(start=0.0, end=end, text="A", beam=None, beam_threshold=None)
+    picture = attention.picture_of_features(model, corpus, corpus.utterances("dev-clean")[0], options)
+    assert picture.spectrogram.shape[0] == picture.weights.shape[1] == count
+
+
+def test_an_utterance_with_a_known_problem_is_refused_with_it(workspace, tmp_path):
+    data = make_kaldi(tmp_path, splits=("dev",), recordings=1)
+    (data / "dev" / "wav.scp").write_text("dev0 sph2pipe -f wav dev0.sph |\n")
+    archive = data, workspace / "untrained-20.safetensors"
+    with pytest.raises(InputError, match=r"wav.scp line 1: dev0 is a command \(sph2pipe"):
+        draw_utterance(archive, "--utterance", "dev0-0", "--out", tmp_path / "x.png")
+
+
+def test_an_utterance_whose_recording_is_named_dash_is_not_standard_input(workspace, drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").write_bytes((workspace / "plain.wav").read_bytes())
+    (tmp_path / "m.tsv").write_text("path\tsplit\tid\n-\tdev\tdash\n")
+    draw_utterance(("m.tsv", workspace / "untrained-20.safetensors"), "--utterance", "dash", "--text", "A")
+    assert len(drawn) == 1
 
 
 @pytest.mark.parametrize(

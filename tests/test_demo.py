@@ -221,6 +221,13 @@ def test_options_have_their_defaults(capsys):
             demo.parse(argv)
 
 
+def test_the_setting_of_the_beam_is_that_of_the_decoding():
+    for argv in (["--decoding.beam", "3"], ["--decoding.beam=3", "--beam", "3"]):
+        assert demo.parse(argv)[0].beam == 3
+    with pytest.raises(InputError, match=r"^--beam 8 and --decoding.beam 3 are different; give one of them$"):
+        demo.parse(["--beam", "8", "--decoding.beam", "3"])
+
+
 def test_the_stages_run_in_order_with_their_inputs(tmp_path, monkeypatch, capsys):
     calls = []
     for name, result in (("make_corpus", "archive"), ("train", None), ("decode", "printed"),

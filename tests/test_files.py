@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from fakes import raising
 from tiny_checkpoints import make_checkpoint
 from tiny_corpora import make_archive
 
@@ -385,6 +387,17 @@ def test_an_output_that_is_not_a_file_is_refused_before_the_work(tmp_path):
     assert (tmp_path / "new").is_dir()
 
 
+def test_the_folder_of_a_links_target_is_made_and_checked_before_the_work(tmp_path, monkeypatch):
+    link, target = tmp_path / "link.csv", tmp_path / "new" / "out.csv"
+    link.symlink_to(target)
+    prepare_output_file(link, "--out")
+    write_atomically(link, write_text)
+    assert link.is_symlink() and target.read_text() == "new"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != target.parent)  # root may write everywhere
+    with pytest.raises(InputError, match=f"--out: the folder {target.parent} is not writable; choose another"):
+        prepare_output_file(link, "--out")
+
+
 # --------------------------------------------------------------------------------------------------- atomic writing
 
 
@@ -458,13 +471,24 @@ def test_a_link_and_permissions_stay_when_a_file_is_replaced(tmp_path):
 def test_a_failed_write_says_why_and_how_much_is_free(tmp_path, monkeypatch, error, message):
     usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-
-    def fail(temporary):
-        raise error
-
     with pytest.raises(InputError) as end:
-        write_atomically(tmp_path / "file", fail)
+        write_atomically(tmp_path / "file", raising(error))
     assert message in str(end.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("no font\nframe 0"), r"no font\); choose another name or folder$"),
+        (RuntimeError(), r"RuntimeError\); choose another name or folder$"),
+        (OSError(28, "No space left"), r"No space left; 2048 MiB are free there\); free some space"),
+    ],
+)
+def test_an_error_on_a_disk_with_ample_space_is_not_reported_as_a_full_disk(tmp_path, monkeypatch, error, reason):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**31)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=rf"file could not be written \({reason}"):
+        write_atomically(tmp_path / "file", raising(error))
 
 
 def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
@@ -474,6 +498,61 @@ def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *args, name=name, kept=kept: done.append(name) or kept(*args))
     write_atomically(tmp_path / "file", write_text)
     assert done == ["fsync", "replace"]
+
+
+def test_another_write_of_the_same_path_does_not_harm_one_in_progress(tmp_path):
+    path = tmp_path / "file"
+
+    def write_twice(temporary):
+        temporary.write_text("outer")
+        write_atomically(path, write_text)
+        assert path.read_text() == "new" and temporary.read_text() == "outer"
+
+    write_atomically(path, write_twice)
+    assert path.read_text() == "outer" and os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path):
+    def killed(temporary):
+        temporary.write_text("half")
+        (temporary.parent / "more").touch()
+        os._exit(1)
+
+    child = os.fork()
+    if not child:
+        write_atomically(tmp_path / "file", killed)
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 1
+    write_atomically(tmp_path / "file", write_text)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_temporary_folder_that_is_removed_before_it_is_locked_is_not_used(tmp_path, monkeypatch):
+    def remove_once(handle, operation):
+        monkeypatch.undo()
+        (folder,) = tmp_path.iterdir()
+        folder.rmdir()
+
+    monkeypatch.setattr(fcntl, "flock", remove_once)
+    write_atomically(tmp_path / "file", write_text)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_files_are_written_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", raising(OSError(errno.ENOLCK, "No locks available")))
+    write_atomically(tmp_path / "file", write_text)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_something_else_with_the_name_of_the_temporary_folder_stays(tmp_path, kind):
+    other = tmp_path / ".file.1.partial"
+    if kind == "file":
+        other.write_text("mine")
+    else:
+        other.symlink_to("nowhere")
+    write_atomically(tmp_path / "file", write_text)
+    assert sorted(os.listdir(tmp_path)) == [".file.1.partial", "file"]
 
 
 def test_an_interrupted_write_leaves_no_files(tmp_path):

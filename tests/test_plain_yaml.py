@@ -66,6 +66,10 @@ def test_values_keep_their_text_and_their_line():
         ("a: [1\n", "x.yaml is not YAML: "),
         ("[" * 100_000, "x.yaml is nested too deeply; give a file of settings"),
         ("a: !!int x\n", "x.yaml is not YAML: "),
+        ("{a: !!int }", "x.yaml has a value that its tag, such as !!int, does not allow; remove the tag"),
+        ("{a: !!bool maybe}", "x.yaml has a value that its tag, such as !!int, does not allow; remove the tag"),
+        ("{a: 1, b: 2, a: 3}", "x.yaml: a is set twice, in line 1; remove one of them"),
+        ("{[a]: 1}", "x.yaml is not YAML: "),
     ],
 )
 def test_an_invalid_document_is_a_one_sentence_error(text, message):

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
-from tiny_corpora import make_archive, make_manifest
+from tiny_corpora import make_archive, make_kaldi, make_manifest
 
 from las_fast import report
 from las_fast.errors import InputError
@@ -97,6 +97,13 @@ def test_an_id_that_two_splits_share_plays_the_recording_of_its_reference(tmp_pa
     for name, path in (("0", "dev-0"), ("train/0", "train-0")):
         samples, _ = soundfile.read(tmp_path / "data" / "audio" / f"{path}.wav", dtype="float32")
         assert audio[name] == report.as_mp3(samples)
+
+
+def test_a_recording_with_a_known_problem_is_left_out_with_it(tmp_path, capsys):
+    data = make_kaldi(tmp_path, splits=("dev",), recordings=1)
+    (data / "dev" / "wav.scp").write_text("dev0 sph2pipe -f wav dev0.sph |\n")
+    assert report.recordings(tmp_path, [Decoded("dev0-0", "A", "B")]) == {}
+    assert "wav.scp line 1: dev0 is a command (sph2pipe" in capsys.readouterr().out
 
 
 def test_recordings_of_another_corpus_or_of_features_are_refused(tmp_path, capsys):

@@ -62,8 +62,11 @@ def load_audio(
 
 def load_utterance(utterance: Utterance, sample_rate: int, *, strict: bool = False) -> np.ndarray:
     """Read the recording of an utterance, or the part of it that the utterance is; see load_audio."""
+    if utterance.problem:
+        raise InputError(utterance.problem)
+    path = utterance.path.absolute()  # "-" would be standard input
     seconds = utterance.seconds if utterance.is_part else None
-    return load_audio(utterance.path, sample_rate, start=utterance.start, seconds=seconds, strict=strict)
+    return load_audio(path, sample_rate, start=utterance.start, seconds=seconds, strict=strict)
 
 
 def open_recording(path: Audio, sample_rate: int, *, start: float = 0.0, seconds: float | None = None) -> Recording:

@@ -34,12 +34,13 @@ from las_fast.config import FeatureConfig
 from las_fast.data.espeak import ACCENTS, Synthesiser, load_espeak
 from las_fast.data.features import compute_features
 from las_fast.data.sentences import random_sentence
-from las_fast.errors import InputError
+from las_fast.errors import InputError, show
 from las_fast.options import Parser, as_folder
 from las_fast.progress import Progress
 from las_fast.system import cores
 
 ARCHIVE = "11-785-f23-hw4p2"
+NEW = ".new-"  # prefix of the folder in which a corpus is made before it replaces the former one
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
 MAX_WORKERS = 256
 TIMEOUT = 600.0  # seconds without a result after which the processes count as hung
@@ -152,10 +153,17 @@ def is_current(root: str | Path, **arguments) -> bool:
     Raises:
         InputError: eSpeak NG is not installed.
     """
+    former = _read_settings(Path(root))
+    return former is not None and former == settings(**arguments)
+
+
+def _read_settings(root: Path) -> dict | None:
+    """Return the settings in root/corpus.json; None if it is missing or not a file that generate wrote."""
     try:
-        return json.loads((Path(root) / "corpus.json").read_text(encoding="utf-8"))["settings"] == settings(**arguments)
-    except (OSError, ValueError, KeyError):
-        return False
+        found = json.loads((root / "corpus.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and "espeakng_loader" in found else None
 
 
 def generate(
@@ -186,7 +194,7 @@ def generate(
     is_new = not root.exists()
     root.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=root) as temporary:
+        with tempfile.TemporaryDirectory(prefix=NEW, dir=root) as temporary:
             utterances = plan(train=train, dev=dev, test=test, seed=seed)
             new = Path(temporary)
             seconds = _speak(utterances, new / ARCHIVE, seed=seed, workers=workers, progress=progress)
@@ -203,18 +211,32 @@ def _check_arguments(root: Path, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         if not 1 <= size <= 99999:
             raise InputError(f"--{name} must be from 1 to 99999 utterances; got {size}")
-    if root.exists() and not (root / "corpus.json").is_file() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(f"{root} contains something other than a spoken corpus; give --out a new folder")
+    if root.exists() and not root.is_dir():
+        raise InputError(f"{root} is something other than a spoken corpus; give --out a new folder")
+    is_corpus = _read_settings(root) is not None
+    if other := [path.name for path in _contents(root) if not (is_corpus and _is_own(path))]:
+        raise InputError(
+            f"{root} contains something other than a spoken corpus ({show(other[0])}); give --out a new folder"
+        )
+
+
+def _contents(root: Path) -> list[Path]:
+    return sorted(root.iterdir()) if root.exists() else []
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether generate writes a file or folder of that name."""
+    return path.name in (ARCHIVE, "test-clean.tsv", "corpus.json") or path.name.startswith(NEW)
 
 
 def _replace_contents(root: Path, new: Path) -> None:
-    """Move what is in `new`, a folder in root, to root in place of everything else there.
+    """Move what is in `new`, a folder in root, to root in place of the former corpus there.
 
     corpus.json marks a complete corpus, so it goes first and comes last. The folder itself stays: it may be a mount
     point, a link or the current folder.
     """
     (root / "corpus.json").unlink(missing_ok=True)
-    for path in set(root.iterdir()) - {new}:
+    for path in filter(_is_own, set(root.iterdir()) - {new}):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for path in sorted(new.iterdir(), key=lambda path: path.name == "corpus.json"):
         os.replace(path, root / path.name)

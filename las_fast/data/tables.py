@@ -56,10 +56,10 @@ def _csv_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str
     if delimiter in "\t|":  # tables with these delimiters do not quote
         yield from enumerate((line.split(delimiter) for line in chain([header], lines)), 1)
         return
-    yield 1, next(csv.reader([header], delimiter=delimiter), [])
     reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True)
     before = 1
     try:
+        yield 1, next(csv.reader([header], delimiter=delimiter), [])
         for values in reader:
             if any("\n" in value for value in values):
                 raise InputError(
@@ -112,18 +112,31 @@ def _unquoted(value: str) -> str:
 def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[Row]:
     first = next(lines, "")
     if path.suffix.lower() == ".json" and first.lstrip().startswith("["):
-        rows = _parsed(path, 1, "\n".join([first, *lines]))
-        yield from ((number, _object(path, number, row)) for number, row in enumerate(rows, 1))
+        yield from _array_rows(path, "\n".join([first, *lines]))
         return
     for line, text in enumerate(chain([first], lines), 1):
         if text.strip():
             yield line, _object(path, line, _parsed(path, line, text))
 
 
+def _array_rows(path: Path, text: str) -> Iterator[Row]:
+    """Yield the objects of a JSON array with the lines in which they begin."""
+    decoder = json.JSONDecoder()
+    count = len(_parsed(path, 1, text))  # reports what is not JSON
+    line, end = 1, text.index("[") + 1
+    for _ in range(count):
+        start = next(i for i in range(end, len(text)) if text[i] not in " \t\r\n,")
+        line += text.count("\n", end, start)
+        row, end = decoder.raw_decode(text, start)
+        yield line, _object(path, line, row)
+        line += text.count("\n", start, end)
+
+
 def _parsed(path: Path, line: int, text: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
         reason = getattr(error, "msg", None) or str(error)
         raise InputError(f"{path} line {line} is not JSON: {reason}; write one object per line") from None
 

@@ -24,7 +24,7 @@ from tiny_corpora import (
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import manifest as manifests
 from las_fast.data import manifest_lines, tables
-from las_fast.data.audio import load_audio
+from las_fast.data.audio import load_audio, load_utterance
 from las_fast.data.cache import open_cache
 from las_fast.data.corpus import assign_roles
 from las_fast.data.dataset import load_dataset
@@ -367,6 +367,10 @@ def test_quotes_inside_a_value_are_text(tmp_path, long, name, text):
         ("m.csv", "path|text\na.wav|A\na.wav\n", "line 3 has 1 columns"),
         ("m.jsonl", '{"text": "HI"}\n', "line 1 has no path"),
         ("m.json", '[{"path": "a.wav"},\n 5]', "line 2 must be a JSON object"),
+        ("m.json", '[\n  {\n    "path": "a.wav"\n  } ,\n  5\n]\n', "line 5 must be a JSON object .*; got 5"),
+        ("m.json", '[\n{"path": "a.wav"},\n{"text": "\\n"}]', "line 3 has no path"),
+        ("m.json", '[\n  {\n    "path" "a.wav"\n  }\n]\n', "line 3 is not JSON: Expecting ':' delimiter"),
+        ("m.json", '[{"path": "a.wav"}, 5]', "line 1 must be a JSON object"),
         ("m.jsonl", '{"path": ' + "1" * 5000 + "}", "line 1 is not JSON: Exceeds"),
         ("m.tsv", "path\tpath\na\tb\n", "two columns named 'path'"),
         ("m.tsv", "path\ttext\na.wav\tA\tB\n", "line 2 has 3 columns; its header has 2"),
@@ -374,6 +378,7 @@ def test_quotes_inside_a_value_are_text(tmp_path, long, name, text):
         ("m.csv", 'path,text\na.wav,A\n\nb.wav,"A\nB"\n', "line 4 has a field that spans several lines"),
         ("m.csv", "path,text\na.wav,A\n\nb.wav\n", "line 4 has 1 columns; its header has 2"),
         ("m.csv", f"path,text\na.wav,{'A' * 200_000}\n", "line 2 is not valid CSV"),
+        ("m.csv", f"path,{'A' * 200_000}\na.wav,A\n", "line 1 is not valid CSV"),
         ("M.CSV", "a,b\n1,2\n", "header line that has a column 'path'"),
         ("m.jsonl", '[{"path": "a.wav"}]', r"line 1 must be a JSON object with a key 'path'; got \[{"),
         ("m.jsonl", '{"path": \n', "line 1 is not JSON: Expecting value; write one"),
@@ -759,6 +764,19 @@ def test_lines_of_kaldi_may_be_blank_or_end_in_space_and_are_counted(tmp_path):
     (data / "train" / "text").write_text("train0-0 A\n\ntrain0-0 B\n")
     with pytest.raises(InputError, match="text line 3 repeats the id train0-0"):
         open_corpus(data).utterances("train")
+
+
+@pytest.mark.parametrize("root", ["m.tsv", "../kaldi"])
+def test_a_recording_named_dash_is_not_standard_input(tmp_path, monkeypatch, root):
+    recording = write_audio(tmp_path / "here" / "x.wav", make_waveform(np.random.default_rng(0), 0.5))
+    expected = load_audio(recording, RATE)
+    recording.rename(tmp_path / "here" / "-")
+    (tmp_path / "here" / "m.tsv").write_text("path\n-\n")
+    (tmp_path / "kaldi").mkdir()
+    (tmp_path / "kaldi" / "wav.scp").write_text("x -\n")
+    monkeypatch.chdir(tmp_path / "here")
+    (u,) = open_corpus(Path(root)).utterances("all")
+    assert np.array_equal(load_utterance(u, RATE), expected)
 
 
 @pytest.mark.parametrize(("folder", "actual"), [("p", True), ("p/q/r", True), ("p/q/r/s", False)])

@@ -27,6 +27,7 @@ from las_fast.options import Parser
 from las_fast.text import Vocabulary
 
 SIZES = {"train": 24, "dev": 5, "test": 6, "seed": 3}
+NO_SETTINGS = ("{}", "no json", "[]", "3", '{"settings": {"train": 1}}', '{"settings": "espeakng_loader"}')
 
 
 @pytest.fixture(scope="module")
@@ -462,11 +463,13 @@ def test_a_corpus_is_current_only_for_its_own_arguments(tmp_path, speak_calls):
     assert spoken.is_current(tmp_path, **SIZES) is True
     for name, value in SIZES.items():
         assert spoken.is_current(tmp_path, **{**SIZES, name: value + 1}) is False, name
-    for text in ("{}", "no json"):
+    spoken.generate(tmp_path, **SIZES | {"seed": 4})  # a former corpus is replaced
+    assert spoken.is_current(tmp_path, **SIZES) is False
+    spoken.generate(tmp_path, **SIZES)
+    assert spoken.is_current(tmp_path, **SIZES)
+    for text in NO_SETTINGS:
         (tmp_path / "corpus.json").write_text(text)
         assert spoken.is_current(tmp_path, **SIZES) is False
-    spoken.generate(tmp_path, **SIZES)  # a former corpus is replaced
-    assert spoken.is_current(tmp_path, **SIZES)
 
 
 def test_command_and_function_have_the_same_defaults(tmp_path, speak_calls, capsys):
@@ -536,6 +539,31 @@ def test_a_folder_with_other_content_is_left_unchanged(tmp_path):
     with pytest.raises(InputError, match="something other than a spoken corpus"):
         spoken.generate(tmp_path, **SIZES)
     assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("text", NO_SETTINGS)
+def test_a_folder_with_the_corpus_json_of_something_else_is_left_unchanged(tmp_path, text):
+    (tmp_path / "corpus.json").write_text(text)
+    with pytest.raises(InputError, match=r"something other than a spoken corpus \(corpus.json\); give --out a new"):
+        spoken.generate(tmp_path, **SIZES)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [text]
+
+
+def test_other_files_beside_a_corpus_are_left_unchanged(tmp_path, speak_calls, monkeypatch):
+    pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
+    spoken.generate(tmp_path, **SIZES)
+    (tmp_path / ".new-killed").mkdir()  # as a killed run leaves it
+    (tmp_path / "thesis.tex").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"something other than a spoken corpus \(thesis.tex\); give --out a new"):
+        spoken.generate(tmp_path, **SIZES)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "thesis.tex").unlink()
+    write = spoken._write_tables
+    monkeypatch.setattr(spoken, "_write_tables", lambda *args: (tmp_path / "thesis.tex").touch() or write(*args))
+    spoken.generate(tmp_path, **SIZES)  # the file appears while it works
+    names = ["11-785-f23-hw4p2", "corpus.json", "test-clean.tsv", "thesis.tex"]
+    assert sorted(os.listdir(tmp_path)) == names
 
 
 def test_an_earlier_corpus_is_replaced_and_a_failure_leaves_it(root, tmp_path, monkeypatch):
