@@ -95,18 +95,18 @@ def decode_dataset(
     )
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
-        for batch, decoded in decode_batches(decode, dataset, vocabulary, config):
-            for i, hypotheses in zip(batch.indices.tolist(), decoded, strict=True):
+        for indices, decoded in decode_batches(decode, dataset, vocabulary, config):
+            for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
                 _check_finite(hypotheses, dataset.ids[i])
                 results[i] = hypotheses
-            bar.update(float(dataset.seconds[batch.indices.numpy()].sum()))
+            bar.update(float(dataset.seconds[indices.numpy()].sum()))
     return results
 
 
 def decode_batches(
     decode: Callable[[Batch], T], dataset, vocabulary: Vocabulary, config: DecodingConfig
-) -> Iterator[tuple[Batch, T]]:
-    """Yield batches with all utterances of a dataset, longest first, and decode(batch) of each.
+) -> Iterator[tuple[Tensor, T]]:
+    """Decode all utterances of a dataset in batches, longest first; yield the indices and decode(batch) of each.
 
     A batch that does not fit in memory is halved and tried again, and later batches of that size are halved at once.
 
@@ -121,7 +121,7 @@ def decode_batches(
             size = part.features.shape[0] * part.features.shape[1]
             # The longest utterances come first, so a single utterance is always smaller than a batch that failed.
             if size < failed_size and (decoded := _try_decode(decode, part)):
-                yield part, decoded[0]
+                yield part.indices, decoded[0]  # not the batch, which would stay in memory beside the next one
             else:
                 failed_size = min(failed_size, size)
                 waiting += _split_in_half(part, dataset)
