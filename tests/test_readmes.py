@@ -27,7 +27,7 @@ LINES = 200
 TALK = ("4446-2275-0030", "4446-2275-0031", "4446-2275-0032")  # README's talk.flac: these, with pauses between
 PAUSE = 1.5  # seconds
 RUNNERS = ("python", ".venv/bin/python", "make", "bash", "las-fast")  # first words of commands that are checked
-OTHERS = ("pip", "source", "podman", "npm", "tar", "cat")  # first words of commands that are not checked
+OTHERS = ("pip", "source", "podman", "npm", "tar", "cat", "git")  # first words of commands that are not checked
 
 
 def name(page):
