@@ -139,16 +139,25 @@ def lock_folder(path: Path, what: str) -> Iterator[None]:
     make_folder(path, "--out")
     folder = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise InputError(f"another {what} is writing into {path}; wait for it or choose another --out") from None
-    except OSError:  # the file system has no locks
-        pass
-    try:
+        if try_lock(folder) is False:
+            raise InputError(f"another {what} is writing into {path}; wait for it or choose another --out")
         yield
     finally:
         os.close(folder)
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock a file or folder without waiting; return whether it is locked now, or None if the file system has no locks.
+
+    Closing the descriptor ends the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def prepare_output_file(
@@ -289,12 +298,7 @@ def _lock(folder: Path) -> int | None:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_locked = True
-    except OSError as error:  # other errors mean that the file system has no locks
-        is_locked = not isinstance(error, BlockingIOError)
-    if is_locked and _same_file(folder, lock):  # not removed before it was locked
+    if try_lock(lock) is not False and _same_file(folder, lock):  # not removed before it was locked
         return lock
     os.close(lock)
     return None

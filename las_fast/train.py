@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     init = load_init(options, config, corpus)
     train_data, dev_data = load_data(config, corpus)
     source = {"kind": corpus.kind, "name": corpus.name}
-    with lock_run_folder(options.out):
+    with lock_folder(options.out, "training"):
         ensure_temporary_folder(options.out)
         trainer = Trainer(config, train_data, dev_data, options.out, device, source)
         if options.resume:
@@ -203,11 +203,6 @@ def check_nothing_is_replaced(out: Path) -> None:
         if not text or to_yaml(from_yaml(text, str(settings))) == text:
             return
     raise InputError(f"--out {out}: {settings} would be overwritten; choose another --out")
-
-
-def lock_run_folder(out: Path) -> contextlib.AbstractContextManager[None]:
-    """Make the folder `out`, and lock it in the `with` block; raise InputError if another training has locked it."""
-    return lock_folder(out, "training")
 
 
 def ensure_temporary_folder(out: Path) -> None:

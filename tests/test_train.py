@@ -23,6 +23,7 @@ from las_fast import checkpoint, train
 from las_fast.config import Config, ListenerConfig, ModelConfig, load_config
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
+from las_fast.files import lock_folder
 from las_fast.model.attention import Memory
 from las_fast.training import pace as pace_module
 from las_fast.training import schedules, step, trainer
@@ -527,12 +528,12 @@ def test_transcripts_that_ctc_cannot_align_are_named(capsys):
 
 def test_two_trainings_do_not_share_a_folder(archive, tmp_path):
     with (
-        train.lock_run_folder(tmp_path),
+        lock_folder(tmp_path, "training"),
         pytest.raises(InputError, match="another training is writing into .*; wait for it"),
     ):
         train.main(arguments(archive, tmp_path))
     assert list(tmp_path.iterdir()) == []
-    with train.lock_run_folder(tmp_path):
+    with lock_folder(tmp_path, "training"):
         pass
 
 

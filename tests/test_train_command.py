@@ -21,6 +21,7 @@ from las_fast import train
 from las_fast.config import Config, DataConfig, to_yaml
 from las_fast.data import dataset, overlap
 from las_fast.errors import InputError, Stopped
+from las_fast.files import lock_folder
 from las_fast.training.step import Diverged
 from las_fast.training.trainer import Trainer
 
@@ -99,21 +100,21 @@ def test_other_settings_files_are_not_overwritten(tmp_path, content):
 
 def test_a_run_folder_is_locked_by_one_training_at_a_time(tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
-    with train.lock_run_folder(tmp_path / "a" / "b"):
+    with lock_folder(tmp_path / "a" / "b", "training"):
         with (
             pytest.raises(InputError, match="another training is writing into"),
-            train.lock_run_folder(tmp_path / "a" / "b"),
+            lock_folder(tmp_path / "a" / "b", "training"),
         ):
             pytest.fail("two hold it")
-        with train.lock_run_folder(tmp_path / "a"):
+        with lock_folder(tmp_path / "a", "training"):
             pass
-    with pytest.raises(InputError), train.lock_run_folder(tmp_path):
+    with pytest.raises(InputError), lock_folder(tmp_path, "training"):
         raise InputError("in the middle")
-    with train.lock_run_folder(tmp_path):
+    with lock_folder(tmp_path, "training"):
         assert len(os.listdir("/proc/self/fd")) == before + 1
     assert len(os.listdir("/proc/self/fd")) == before
     monkeypatch.setattr(fcntl, "flock", raising(OSError(37, "No locks available")))
-    with train.lock_run_folder(tmp_path):
+    with lock_folder(tmp_path, "training"):
         pass
 
 
@@ -296,7 +297,7 @@ def test_the_command_prints_its_data_and_saves_its_settings(archive, tmp_path, c
     assert first_arguments == argv and second_arguments == [*argv, "--data.workers", "0"]
     assert (out / "config.yaml").read_text() == to_yaml(again.config) and made.config.training.epochs == 3
     assert made.source == {"kind": "features", "name": "HW4P2 F23"} and made.device == torch.device("cpu")
-    with train.lock_run_folder(out):
+    with lock_folder(out, "training"):
         for more in ([], ["--resume"]):
             with pytest.raises(InputError, match="another training is writing into"):
                 train.main([*argv, *more])

@@ -10,7 +10,6 @@ therefore read again whenever their entry is opened. If one is good now, a new e
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -34,7 +33,7 @@ from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.readers import SKIP_HINT, read_utterance, read_utterances
 from las_fast.errors import InputError
-from las_fast.files import expand
+from las_fast.files import expand, try_lock
 from las_fast.progress import Progress
 from las_fast.system import cores
 
@@ -251,8 +250,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Create a file and keep it locked, so that _remove_abandoned of another container sees that this build runs."""
     new = path.with_suffix(".new")
     with new.open("wb") as file:
-        with suppress(OSError):  # the file system has no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        try_lock(file.fileno())  # nobody else knows the file yet
         new.rename(path)  # only now, so that nobody finds it unlocked
         yield
 
@@ -261,12 +259,10 @@ def _is_locked(path: Path) -> bool | None:
     """Return whether a process has locked a file; None if there is no such file or the file system has no locks."""
     try:
         with path.open("rb+") as file:  # NFS locks only files that are open for writing
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            could_lock = try_lock(file.fileno())
     except OSError:
         return None
-    return False
+    return None if could_lock is None else not could_lock
 
 
 def _write_features(path: Path, items, utterances: Sequence[Utterance], check, bar: Progress) -> dict:

@@ -229,8 +229,6 @@ def _read_audio(chunk, size, transposed, features: FeatureConfig) -> Iterator[It
 def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
     from las_fast.data.audio import load_utterance
 
-    if u.problem:
-        return None, Item(u.id, problem=u.problem)
     try:
         waveform = load_utterance(u, rate, strict=True)
     except InputError as error:
