@@ -49,7 +49,7 @@ def record_all(
 
 
 def _end(workers: list[tuple[Any, Any]]) -> None:
-    """End the processes: they finish their utterances, and kill those that do not.
+    """Let the processes finish their utterances and end; kill those that take longer than GRACE.
 
     A killed process leaves the temporary files of its synthesiser, such as phonemizer's copies of eSpeak NG.
     """
