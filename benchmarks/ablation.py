@@ -1,12 +1,13 @@
 """Train the preset english several times for a few epochs, each time with one part changed, and compare the scores.
 
     python -m benchmarks.ablation --data MANIFEST --init CHECKPOINT --out RUNS [--epochs 4] [--jobs 2] [--record]
+        [--extra-data kokoro/speech]
     python -m benchmarks.robustness --checkpoint RUNS/whole RUNS/no-noise --data MANIFEST --conditions clean "10 dB"
 
 Every training starts from the weights of CHECKPOINT, with the same seed and the same number of epochs; old-data has
-fewer utterances, so it takes fewer steps. A training that was interrupted is resumed, and one that is complete is not
-repeated, so the command can be given again. With --record, each training adds a row to
-benchmarks/results/recognition.csv, if there is no such row yet.
+fewer utterances, so it takes fewer steps, and synthetic, which needs --extra-data, has more. A training that was
+interrupted is resumed, and one that is complete is not repeated, so the command can be given again. With --record, each
+training adds a row to benchmarks/results/recognition.csv, if there is no such row yet.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from las_fast.files import LAST, write_text_atomically
 from las_fast.progress import write
 
 CONFIG = "english"
+SYNTHETIC = "synthetic"  # the variant with the corpora of --extra-data
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ VARIANTS = {
     "no-warp": Variant("without shifted frequencies", "--augment.warp 0"),
     "no-masks": Variant("without masks", "--augment.time-masks 0 --augment.frequency-masks 0"),
     "no-top-ctc": Variant("CTC on the second BiLSTM alone", "--model.ctc-layer 1 --model.inner-ctc-layer -1"),
+    SYNTHETIC: Variant("with synthetic speech"),
     "four-layers": Variant("four BiLSTMs", "--model.listener.top-layers 3 --model.ctc-layer 3"),
 }  # fmt: skip
 
@@ -85,6 +88,7 @@ def command(name: str, options: argparse.Namespace) -> list[str]:
     epochs = str(options.epochs)
     words += ["--init", options.init, "--training.epochs", epochs, "--training.validate-every", epochs]
     words += ["--training.threads", str(options.threads), *variant.settings.split()]
+    words += ["--extra-data", *options.extra_data] if name == SYNTHETIC else []
     return [*words, "--resume"] if (folder / LAST).is_file() else words
 
 
@@ -119,23 +123,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--data", required=True, help="manifest; old-data needs its column source")
+    add("--extra-data", nargs="+", default=[], metavar="ROOT", help="further training data, of the variant synthetic")
     add("--init", required=True, help="checkpoint that every training starts from")
     add("--out", type=Path, required=True, help="folder of the run folders")
     add("--epochs", type=int, default=4, help="of each training (default: 4)")
     add("--jobs", type=int, default=1, help="trainings at once (default: 1)")
     add("--threads", type=int, default=1, help="CPU threads of each training (default: 1)")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
-        help=f"any of {', '.join(VARIANTS)} (default: all)")  # fmt: skip
+    add("--variants", nargs="+", choices=VARIANTS, metavar="NAME",
+        help=f"any of {', '.join(VARIANTS)} (default: all; {SYNTHETIC} only with --extra-data)")  # fmt: skip
     add(
         "--record", action="store_true", help=f"append a row per training to benchmarks/results/{recognition.FILE.name}"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.variants = options.variants or [name for name in VARIANTS if options.extra_data or name != SYNTHETIC]
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     if options.jobs < 1:
         raise InputError(f"--jobs must be at least 1; got {options.jobs}")
+    if SYNTHETIC in options.variants and not options.extra_data:
+        raise InputError(f"the variant {SYNTHETIC} needs --extra-data, such as the output of las_fast.data.kokoro")
     options.out.mkdir(parents=True, exist_ok=True)
     train_all(options)
     for name in options.variants:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from operator import eq
@@ -24,6 +25,7 @@ from las_fast.options import Parser, as_folder, as_path, parse_settings
 from las_fast.system import choose_device, cores
 from las_fast.training.adapt import (
     FINETUNE,
+    check_extra,
     check_init,
     check_one_process,
     check_packages,
@@ -57,6 +59,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest"
     )
+    parser.add_argument(
+        "--extra-data", nargs="+", default=[], type=as_path, metavar="ROOT",
+        help="further corpora whose training splits are trained on too, such as synthetic speech",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, type=as_folder, metavar="RUN", help="run folder to write")
     parser.add_argument("--resume", action="store_true", help="continue the training in --out")
     parser.add_argument(
@@ -116,13 +122,14 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(options.device)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    corpus = open_corpus(options.data)
+    corpus, *extra = (open_corpus(root) for root in (options.data, *options.extra_data))
     print(f"data: {corpus.name}")
+    check_extra(corpus, extra)
     config = check(fit_augment(fit_features(config, corpus, options.user_set), corpus, options.user_set))
     check_logmel(config.augment, config.features, corpus.kind)
     describe_warp(config, corpus.kind)
     init = load_init(options, config, corpus)
-    train_data, dev_data = load_data(config, corpus)
+    train_data, dev_data = load_data(config, corpus, extra)
     source = {"kind": corpus.kind, "name": corpus.name}
     with lock_folder(options.out, "training"):
         ensure_temporary_folder(options.out)
@@ -306,8 +313,10 @@ def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
         )
 
 
-def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechDataset]:
+def load_data(config: Config, corpus: Corpus, extra: Sequence[Corpus] = ()) -> tuple[SpeechDataset, SpeechDataset]:
     """Load the training set and the dev set, and print their sizes and warnings.
+
+    extra: corpora whose training splits are added to the training set.
 
     Raises:
         InputError: there is no such split, or it has no usable utterance.
@@ -328,6 +337,10 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
             corpus, others, features=config.features, data=config.data.without_limits(), statistics=train.statistics,
             need_text=True,
         )  # fmt: skip
+    if extra:
+        train = add_extra(train, extra, config)
+        train.renew_statistics(dev)
+        name += " with extra data"
     if config.data.shared_texts == "drop":
         whole, train = train, without_shared_texts(train, dev, config.data.characters)
         print(f"{name}: {len(whole) - len(train)} utterances left out, whose transcripts overlap with those of dev")
@@ -341,6 +354,21 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
         warn_too_long_for_ctc(train, config.model)
     warn_of_overlap(train, dev)
     return train, dev
+
+
+def add_extra(train: SpeechDataset, extra: Sequence[Corpus], config: Config) -> SpeechDataset:
+    """Return a training set with the training splits of further corpora added, and print their sizes."""
+    from las_fast.data.dataset import load_dataset
+
+    data = replace(config.data, hours=0.0)  # which says how much of --data to use
+    for corpus in extra:
+        splits = (corpus.named,) if corpus.named else corpus.resolve("train")
+        added = load_dataset(
+            corpus, splits, features=config.features, data=data, statistics=train.statistics, need_text=True
+        )
+        print(f"{'+'.join(splits)} of {corpus.root}: {len(added)} utterances, {added.seconds.sum() / 3600:.2f} hours")
+        train = train.joined(added)
+    return train
 
 
 def warn_of_overlap(train: SpeechDataset, dev: SpeechDataset) -> None:

@@ -22,12 +22,14 @@ CHANGES = {  # settings in which each training differs from "whole"
     "no-warp": {"augment.warp"},
     "no-masks": {"augment.time_masks", "augment.frequency_masks"},
     "no-top-ctc": {"model.ctc_layer", "model.inner_ctc_layer"},
+    "synthetic": set(),
     "four-layers": {"model.listener.top_layers", "model.ctc_layer"},
 }
 
 
 def options(out, *more, data="m.tsv"):
-    return ablation.parse(["--data", str(data), "--init", "given", "--out", str(out), *more])
+    words = ["--data", str(data), "--extra-data", "speech", "more", "--init", "given", "--out", str(out)]
+    return ablation.parse([*words, *more])
 
 
 def settings(out, name, data):
@@ -46,6 +48,7 @@ def test_a_training_differs_in_its_part_alone(tmp_path, name):
     assert {key for key in whole if whole[key] != own[key]} == CHANGES[name]
     assert (given.init, given.out) == ("given", tmp_path / name)
     assert given.data == (tmp_path / "old-data.tsv" if name == "old-data" else data)
+    assert given.extra_data == ([Path("speech"), Path("more")] if name == "synthetic" else [])
     assert (own["training.epochs"], own["training.validate_every"], own["training.threads"]) == (4, 4.0, 1)
 
 
@@ -128,6 +131,13 @@ def test_a_training_that_fails_stops_the_others(tmp_path, programs):
     with pytest.raises(InputError, match=r"the training no-noise ended with status 3; .*no-noise.log says why"):
         call(tmp_path, "--jobs", "2", "--variants", *programs)
     assert not (tmp_path / "recognition.csv").exists()
+
+
+def test_synthetic_speech_needs_extra_data(tmp_path, programs):
+    assert "synthetic" not in ablation.parse(["--data", "m", "--init", "x", "--out", "runs"]).variants
+    assert options(tmp_path).variants == list(ablation.VARIANTS)
+    with pytest.raises(InputError, match="the variant synthetic needs --extra-data"):
+        call(tmp_path, "--variants", "synthetic")
 
 
 def test_jobs_must_be_at_least_1(tmp_path, programs):

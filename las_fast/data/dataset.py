@@ -94,10 +94,31 @@ class SpeechDataset(torch.utils.data.Dataset):
         part.skipped = []
         return part
 
+    def joined(self, other: SpeechDataset) -> SpeechDataset:
+        """Return these utterances followed by those of another dataset, whose frames are computed in the same way.
+
+        Positions in `other` count from the end of these splits. The statistics are still those of this dataset.
+        """
+        whole = copy.copy(self)
+        for name in ("ids", "paths", "spans", "texts", "skipped", "_entries"):
+            setattr(whole, name, getattr(self, name) + getattr(other, name))
+        size = sum(len(entry.ids) + len(entry.bad) for entry in self._entries)
+        offsets = {"_part": len(self._entries), "positions": size}
+        for name in ("_part", "_index", "frame_counts", "seconds", "positions"):
+            added = getattr(other, name) + offsets.get(name, 0)
+            setattr(whole, name, np.concatenate([getattr(self, name), added]))
+        return whole
+
     def set_statistics(self, *, progress: bool = True) -> None:
         """Set `statistics` to those of all frames of these utterances."""
         numbers = track(range(len(self)), "statistics", "utterances", show=progress)
         self.statistics = statistics_of(self.raw(i) for i in numbers)
+
+    def renew_statistics(self, dev: SpeechDataset, *, progress: bool = True) -> None:
+        """Compute the statistics again, if there are any, for changed training data; dev gets them too."""
+        if self.statistics is not None:
+            self.set_statistics(progress=progress)
+            dev.statistics = self.statistics
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.prepare(self.raw(i))

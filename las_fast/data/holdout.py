@@ -32,9 +32,7 @@ def hold_out(data: SpeechDataset, share: float, *, progress: bool = True) -> tup
             "give more recordings, or a dev split"
         )
     train.skipped = data.skipped
-    if data.statistics is not None:
-        train.set_statistics(progress=progress)
-        dev.statistics = train.statistics
+    train.renew_statistics(dev, progress=progress)
     return train, dev
 
 

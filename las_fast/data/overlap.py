@@ -96,7 +96,5 @@ def without_shared_texts(train: SpeechDataset, dev: SpeechDataset, characters: s
     kept = train.subset(np.flatnonzero(~shared))
     reason = "its transcript overlaps with one of dev (data.shared_texts)"
     kept.skipped = train.skipped + [(train.ids[i], reason) for i in np.flatnonzero(shared)]
-    if train.statistics is not None:
-        kept.set_statistics()
-        dev.statistics = kept.statistics
+    kept.renew_statistics(dev)
     return kept

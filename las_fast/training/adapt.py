@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,23 @@ def dev_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
         if config.data.dev:
             raise
         raise InputError(f"{error}, {NO_DEV}") from None
+
+
+def check_extra(corpus: Corpus, extra: Sequence[Corpus]) -> None:
+    """Raise InputError if the frames of a corpus of --extra-data cannot be like those of --data."""
+    for other in extra:
+        kinds = {corpus.feature_kind, other.feature_kind} - {None}
+        if (other.kind, other.feature_size) != (corpus.kind, corpus.feature_size) or len(kinds) > 1:
+            raise InputError(
+                f"--extra-data {other.root} has {_frames(other)}, but --data {corpus.root} has {_frames(corpus)}; "
+                "give corpora of the same kind"
+            )
+
+
+def _frames(corpus: Corpus) -> str:
+    if corpus.kind == "audio":
+        return "recordings"
+    return f"{corpus.feature_size} {corpus.feature_kind or 'features'} per frame"
 
 
 def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:

@@ -317,7 +317,7 @@ class Trainer(Learner):
         state = checkpoint.load_state(path)
         check_same_settings(state["settings"], to_tree(self.config), path, kind=self.source["kind"])
         if state["data"] != fingerprint(self.train_data, self.dev_data):
-            raise InputError(f"{path} was trained on other utterances; resume with the data of its first start")
+            raise InputError(f"{path} was trained on other utterances; resume with the same --data and --extra-data")
         checkpoint.load_weights(self.model, state["model"], path)
         if self.averaged is not None:
             checkpoint.load_weights(self.averaged, state["averaged"], path)
