@@ -155,6 +155,8 @@ TABLE = {
     "augment.speed": (0.0, 0, "below 1"),
     "augment.warp": (0.0, 0, 0.5),
     "augment.join": (0.0, 0, 1),
+    "augment.splice": (0.0, 0, 1),
+    "augment.splice_epoch": (0, 0, 1_000_000_000),
     "augment.silence": (0.0, 0, 1),
     "augment.room": (0.0, 0, 1),
     "augment.noise": (0.0, 0, 1),

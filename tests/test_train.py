@@ -168,8 +168,10 @@ def test_a_training_interrupted_within_an_epoch_resumes_bit_for_bit(
         {"augment__speed": 0.2},
         {"augment__join": 0.5, "data__short_epochs": 1, "data__short_seconds": 0.5},
         {"features__normalisation": "global", "training__ema_decay": 0.0},
+        {"model__ctc_layer": 0, "augment__splice": 1.0, "augment__splice_epoch": 0},
+        {"model__ctc_layer": 0, "augment__splice": 0.5, "augment__splice_epoch": 1},
     ],
-    ids=["sampled", "plateau", "fp16", "bf16", "speed", "curriculum", "global"],
+    ids=["sampled", "plateau", "fp16", "bf16", "speed", "curriculum", "global", "splice", "splice later"],
 )
 def test_resuming_is_exact_with_any_feature_enabled(archive, tmp_path, monkeypatch, settings):
     settings = settings | {"training__checkpoint_minutes": 0.0, "training__epochs": 2}

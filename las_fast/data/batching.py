@@ -28,6 +28,7 @@ from las_fast.data.dataset import SpeechDataset
 from las_fast.data.degrade import Degrade, degrades
 from las_fast.data.features import seconds_of
 from las_fast.data.loader import Loader
+from las_fast.data.splice import Splice
 from las_fast.data.warp import warp_frequencies
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
@@ -280,6 +281,7 @@ def make_loader(
     vocabulary: Vocabulary,
     *,
     augment: Augment | None,
+    splice: Splice | None = None,
     seed: int,
     epoch: int,
     start: int = 0,
@@ -289,13 +291,14 @@ def make_loader(
 ) -> Iterable[Batch]:
     """Return a sized iterable with a Batch for each of batches[start:], in that order.
 
-    The padded length T is a multiple of frame_multiple.
+    The padded length T is a multiple of frame_multiple. With `splice`, as many utterances as augment.splice says get
+    words of others.
 
     Batches do not depend on workers or start: augmentation is a function of (seed, epoch, utterance). A worker that
     dies or hangs costs only time; see las_fast.data.loader. poll is called repeatedly while waiting for a batch; it may
     raise.
     """
-    items = _Batches(dataset, batches, vocabulary, augment, seed, epoch, frame_multiple)
+    items = _Batches(dataset, batches, vocabulary, augment, splice, seed, epoch, frame_multiple)
     order, pin = range(start, len(batches)), torch.cuda.is_available()
     return _Loader(Loader(items, order, workers=workers, poll=poll, pin=pin))
 
@@ -319,10 +322,10 @@ class _Loader:
 class _Batches:
     """Dataset for the Loader: item b is the collated batch b, a dict with the fields of Batch."""
 
-    def __init__(self, dataset, batches, vocabulary, augment, seed, epoch, frame_multiple):
+    def __init__(self, dataset, batches, vocabulary, augment, splice, seed, epoch, frame_multiple):
         self.dataset, self.batches, self.vocabulary = dataset, batches, vocabulary
         self.frame_multiple = frame_multiple
-        self.augment, self.seed, self.epoch = augment, seed, epoch
+        self.augment, self.splice, self.seed, self.epoch = augment, splice, seed, epoch
         speed = augment.config.speed if augment else 0.0
         self.factors = speed_factors(speed, seed=seed, epoch=epoch, count=len(dataset)) if speed else None
         self.degrade: Degrade | None = None
@@ -334,8 +337,7 @@ class _Batches:
     def __getitem__(self, b: int) -> dict[str, torch.Tensor | None]:
         indices = self.batches[b]
         epoch = self.epoch + b / len(self.batches)
-        features = [self._features(i, epoch) for i in indices]
-        texts = [self.dataset.texts[i] for i in indices]
+        features, texts = map(list, zip(*(self._utterance(i, epoch) for i in indices), strict=True))
         if self._joins(b, epoch):
             (features, texts), indices = join_pairs(features, texts), indices[::2]
         tokens = None
@@ -359,31 +361,39 @@ class _Batches:
         drawn = random_stream("joins", seed=self.seed, epoch=self.epoch, utterance=b).random()
         return drawn < self.augment.config.join
 
-    def _features(self, i: int, epoch: float) -> torch.Tensor:
+    def _utterance(self, i: int, epoch: float) -> tuple[torch.Tensor, str | None]:
+        """Return the features and the text of utterance i, augmented."""
         if self.augment is None:
-            return self.dataset[i]
+            return self.dataset[i], self.dataset.texts[i]
+        raw, text = self.dataset.raw(i), self.dataset.texts[i]
+        if self.splice is not None and epoch >= self.augment.config.start_epoch:
+            generator = random_stream("splice", seed=self.seed, epoch=self.epoch, utterance=i)
+            if generator.random() < self.augment.config.splice:
+                raw, text = self.splice(i, generator)
+        return self._features(i, epoch, raw), text
+
+    def _features(self, i: int, epoch: float, raw: torch.Tensor) -> torch.Tensor:
+        """Return the augmented features of raw frames (T, F) of utterance i."""
         generator = random_stream("masks", seed=self.seed, epoch=self.epoch, utterance=i)
         factor, blocks = None if self.factors is None else self.factors[i], self.dataset.blocks
+        raw = self._warped(i, epoch, raw)
         if self.degrade and epoch >= self.augment.config.start_epoch:
-            degraded = self._degraded(self.degrade, i, epoch, factor)
+            degraded = self._degraded(self.degrade, i, raw, factor)
             if degraded is not None:
                 return self.augment.mask(degraded, generator, blocks=blocks)
-        features = self.dataset.prepare(self._raw(i, epoch)) if self._warps(epoch) else self.dataset[i]
-        return self.augment(features, epoch, generator, blocks=blocks, factor=factor)
+        return self.augment(self.dataset.prepare(raw), epoch, generator, blocks=blocks, factor=factor)
 
-    def _warps(self, epoch: float) -> bool:
-        return self.augment.config.warp > 0 and epoch >= self.augment.config.start_epoch
-
-    def _raw(self, i: int, epoch: float) -> torch.Tensor:
-        """Return the raw frames (T, F) of utterance i, with a warped frequency axis if that is on."""
-        raw, most = self.dataset.raw(i), self.augment.config.warp
-        if not self._warps(epoch):
+    def _warped(self, i: int, epoch: float, raw: torch.Tensor) -> torch.Tensor:
+        """Warp the frequency axis of the raw frames (T, F) of utterance i, if that is on."""
+        most = self.augment.config.warp
+        if not most or epoch < self.augment.config.start_epoch:
             return raw
         generator = random_stream("warp", seed=self.seed, epoch=self.epoch, utterance=i)
         return warp_frequencies(raw, generator.uniform(1 - most, 1 + most), self.dataset.features)
 
-    def _degraded(self, degrade: Degrade, i: int, epoch: float, factor: float | None) -> torch.Tensor | None:
-        """Return the features of utterance i at a speed, with rooms, noise and silence; None if it gets none of them.
+    def _degraded(self, degrade: Degrade, i: int, raw: torch.Tensor, factor: float | None) -> torch.Tensor | None:
+        """Return the features of raw frames (T, F) at a speed, with rooms, noise and silence; None if utterance i gets
+        none of them.
 
         The speed is changed first, so that noise keeps its texture, and normalisation comes last, as in decoding.
         """
@@ -391,6 +401,5 @@ class _Batches:
         kinds, silence = degrade.draw(generator), self.silences[i].tolist()
         if not kinds and not any(silence):
             return None
-        raw = self._raw(i, epoch)
         raw = raw if factor is None else change_speed(raw, factor)
         return self.dataset.prepare(degrade(raw, kinds, generator, silence=silence))

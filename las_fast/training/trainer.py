@@ -19,11 +19,14 @@ from las_fast.data.augment import Augment
 from las_fast.data.batching import TRAINING_FRAME_MULTIPLE, Batch, make_loader, plan_curriculum
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
+from las_fast.data.splice import Splice, WordTable
 from las_fast.errors import InputError, explain_error, is_out_of_memory
 from las_fast.model.las import LAS
 from las_fast.progress import Progress as ProgressBar
+from las_fast.progress import write
 from las_fast.text import Vocabulary
 from las_fast.training import monitor
+from las_fast.training.align import align_words
 from las_fast.training.initial import initial_weights
 from las_fast.training.pace import Pace
 from las_fast.training.resume import BATCH_SIZES, check_same_settings, fingerprint
@@ -33,6 +36,8 @@ from las_fast.training.signals import StopSignals
 from las_fast.training.step import Diverged, Learner, Progress
 from las_fast.training.validate import Validation, validate
 from las_fast.tree import to_tree
+
+WORDS = "words.npz"  # in a run folder: the words of the training set, for augment.splice
 
 
 class Trainer(Learner):
@@ -56,6 +61,7 @@ class Trainer(Learner):
         self.steps = self.curriculum.steps
         self.saved_step: int | None = None  # step in last.pt
         self.earlier_core_seconds = 0.0  # CPU time of this training before it was resumed
+        self.splice: Splice | None = None  # from epoch augment.splice_epoch on
         self.stop = StopSignals()
         self.batch_size = (0, 0)  # utterances and padded feature frames of the latest batch; 0 before the first
         self.pace = Pace()
@@ -161,6 +167,7 @@ class Trainer(Learner):
             self.curriculum.batches_of(epoch).epoch(epoch),
             self.vocabulary,
             augment=augment,
+            splice=self._splice_of(epoch),
             seed=self.config.training.seed,
             epoch=epoch,
             start=start,
@@ -168,6 +175,40 @@ class Trainer(Learner):
             frame_multiple=TRAINING_FRAME_MULTIPLE,
             poll=self.stop.check,
         )
+
+    def _splice_of(self, epoch: int) -> Splice | None:
+        """Return what replaces words in an epoch, or None; at the start of augment.splice_epoch, align all words."""
+        if not self.config.augment.splice or epoch < self.config.augment.splice_epoch:
+            return None
+        if self.splice is None:
+            path, first = self.out / WORDS, self.curriculum.steps_before(self.config.augment.splice_epoch)
+            if self.progress.step > first and path.is_file():
+                table = WordTable.load(path)
+            else:
+                table = self._align()
+                table.save(path)
+            self.splice = Splice(self.train_data, table)
+        return self.splice
+
+    def _align(self) -> WordTable:
+        """Find the frames of all words of the training set; warn if the CTC head is not sure of most of them."""
+        self.settle()
+        with self._decoding_memory("the alignment of words"):
+            table = align_words(
+                self.averaged or self.model,
+                self.train_data,
+                self.vocabulary,
+                decoding=self.config.decoding,
+                check_stop=self.stop.check,
+            )
+        total, usable = len(table.utterances), Splice(self.train_data, table).candidates
+        write(f"augment.splice: {total} words aligned; {usable} of them can replace others")
+        if usable < total / 2:
+            write(
+                "warning: the CTC head is not sure of most words; with a higher --augment.splice-epoch it would have "
+                "learned more before"
+            )
+        return table
 
     # Validation, logs and messages
 
@@ -198,17 +239,22 @@ class Trainer(Learner):
         self.pace = Pace()
 
     def _validate(self, model: LAS) -> Validation:
-        try:
-            options = (self.config, self.device, self.out, self.epoch, self.stop.check)
+        options = (self.config, self.device, self.out, self.epoch, self.stop.check)
+        with self._decoding_memory("a validation"):
             return validate(model, self.dev_data, self.vocabulary, *options)
+
+    @contextlib.contextmanager
+    def _decoding_memory(self, what: str) -> Generator[None]:
+        """Replace an out-of-memory error by an InputError that names the setting to lower."""
+        try:
+            yield
+            return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             now = self.config.decoding.frames_per_batch
         advice = "continue with --resume" if self.progress.step else "start again"
-        raise InputError(
-            f"a validation does not fit in memory; lower --decoding.frames-per-batch (now {now}) and {advice}"
-        )
+        raise InputError(f"{what} does not fit in memory; lower --decoding.frames-per-batch (now {now}) and {advice}")
 
     def _record(self, result: Validation, model: nn.Module) -> str:
         """Write weights, log and last.pt after a validation; return the monitor's line."""

@@ -267,8 +267,11 @@ def test_workers_and_the_start_batch_do_not_change_the_batches(dataset, workers,
 class EqualUtterances(SimpleNamespace):
     """Two utterances with equal frames."""
 
-    def __getitem__(self, i):
+    def raw(self, i):
         return torch.ones(100, 28)
+
+    def prepare(self, raw):
+        return raw
 
     def __len__(self):
         return 2
