@@ -114,7 +114,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """SpecAugment (Park et al. 2019), speed and frequency changes, joins, silence, rooms and noise, in training only.
+    """SpecAugment (Park et al. 2019), changes of speed, frequency and words, joins, silence, rooms and noise.
+
+    All of it is done in training only.
 
     silence, room, noise, babble and band_limit need log-mel features computed from recordings.
     """
@@ -134,9 +136,11 @@ class AugmentConfig:
     warp: float = number(0.0, at_most=0.5)
     # share of batches whose utterances are joined in pairs: new texts, twice as long
     join: float = number(0.0, at_most=1)
-    # share of utterances in which a quarter of the words are replaced by words of other utterances (Lam et al. 2021)
+    # share of utterances in which a quarter of the words, on average, are replaced by words of other utterances
+    # (Lam et al. 2021)
     splice: float = number(0.0, at_most=1)
-    splice_epoch: int = 0  # at the start of this epoch the CTC head aligns all words, and replacement begins
+    # at the start of this epoch the CTC head aligns all words, and replacement begins, whatever start_epoch is
+    splice_epoch: int = 0
     silence: float = number(0.0, at_most=1)  # share of utterances with up to 100 frames of silence added at each end
     room: float = number(0.0, at_most=1)  # share of utterances with the reverberation of a simulated room
     noise: float = number(0.0, at_most=1)  # share of utterances with noise of a random colour and level
@@ -384,6 +388,11 @@ def check(config: Config) -> Config:
         (training.guided_frames == 0 or model.ctc_layer >= 0, f"training.guided_frames {NEEDS_CTC_HEAD}"),
         (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
         (config.augment.splice == 0 or model.ctc_layer >= 0, f"augment.splice {NEEDS_CTC_HEAD}"),
+        (
+            config.augment.splice == 0 or config.augment.splice_epoch < training.epochs,
+            f"augment.splice_epoch must be below training.epochs ({training.epochs}); "
+            f"got {config.augment.splice_epoch}",
+        ),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
         (
             not 0 < config.features.lifter < 1,

@@ -31,6 +31,7 @@ from las_fast.training.adapt import (
     check_packages,
     describe_warp,
     dev_splits,
+    extra_splits,
     fit_augment,
     fit_features,
     fit_restarts,
@@ -131,6 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     init = load_init(options, config, corpus)
     train_data, dev_data = load_data(config, corpus, extra)
     source = {"kind": corpus.kind, "name": corpus.name}
+    if extra:
+        source["extra"] = ", ".join(other.name for other in extra)
     with lock_folder(options.out, "training"):
         ensure_temporary_folder(options.out)
         trainer = Trainer(config, train_data, dev_data, options.out, device, source)
@@ -362,7 +365,7 @@ def add_extra(train: SpeechDataset, extra: Sequence[Corpus], config: Config) -> 
 
     data = replace(config.data, hours=0.0)  # which says how much of --data to use
     for corpus in extra:
-        splits = (corpus.named,) if corpus.named else corpus.resolve("train")
+        splits = extra_splits(corpus)
         added = load_dataset(
             corpus, splits, features=config.features, data=data, statistics=train.statistics, need_text=True
         )

@@ -291,8 +291,8 @@ def make_loader(
 ) -> Iterable[Batch]:
     """Return a sized iterable with a Batch for each of batches[start:], in that order.
 
-    The padded length T is a multiple of frame_multiple. With `splice`, as many utterances as augment.splice says get
-    words of others.
+    The padded length T is a multiple of frame_multiple. With `augment` and `splice`, as many utterances as
+    augment.splice says get words of others.
 
     Batches do not depend on workers or start: augmentation is a function of (seed, epoch, utterance). A worker that
     dies or hangs costs only time; see las_fast.data.loader. poll is called repeatedly while waiting for a batch; it may
@@ -366,10 +366,10 @@ class _Batches:
         if self.augment is None:
             return self.dataset[i], self.dataset.texts[i]
         raw, text = self.dataset.raw(i), self.dataset.texts[i]
-        if self.splice is not None and epoch >= self.augment.config.start_epoch:
+        if self.splice is not None:
             generator = random_stream("splice", seed=self.seed, epoch=self.epoch, utterance=i)
             if generator.random() < self.augment.config.splice:
-                raw, text = self.splice(i, generator)
+                raw, text = self.splice(i, raw, generator)
         return self._features(i, epoch, raw), text
 
     def _features(self, i: int, epoch: float, raw: torch.Tensor) -> torch.Tensor:

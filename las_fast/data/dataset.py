@@ -95,7 +95,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         return part
 
     def joined(self, other: SpeechDataset) -> SpeechDataset:
-        """Return these utterances followed by those of another dataset, whose frames are computed in the same way.
+        """Return these utterances followed by those of another dataset with frames of the same kind.
 
         Positions in `other` count from the end of these splits. The statistics are still those of this dataset.
         """

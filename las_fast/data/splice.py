@@ -7,7 +7,6 @@ of the utterance, so that the channel and the level fit. An utterance keeps its 
 
 from __future__ import annotations
 
-import functools
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from las_fast.data.silence import frames_in
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 WORD_SHARE = 0.25  # words replaced in an utterance that is spliced, on average
 MAX_STRETCH = 0.2  # largest difference in length between a word and its replacement, as a share of the word's
-FRAMES = (8, 120)  # shortest and longest replacement, feature frames; outside, the boundaries are often wrong
-MIN_LOG_PROB = -1.0  # mean of the characters of a replacement under the CTC head, nats
+SECONDS = (0.08, 1.2)  # shortest and longest replacement; outside, the boundaries are often wrong
+MIN_LOG_PROB = -1.0  # mean of the characters of a word under the CTC head, nats; below, the boundaries are unsure
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,25 @@ class WordTable:
     frames: np.ndarray  # (N, 2) int32 feature frames
     log_probs: np.ndarray  # (N,) float32 mean log-probability of the characters under the CTC head
 
-    def save(self, path: Path) -> None:
-        """Write the table as an .npz file."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+    def save(self, path: Path, data: str) -> None:
+        """Write the table as an .npz file; data is the fingerprint of the dataset."""
 
         def write(partial: Path) -> None:
             with partial.open("wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, data=data, **vars(self))
 
         write_atomically(path, write)
 
     @classmethod
-    def load(cls, path: Path) -> WordTable:
-        """Read a table; InputError if the file is damaged."""
+    def load(cls, path: Path, data: str) -> WordTable:
+        """Read a table; InputError if the file is damaged or is of a dataset with another fingerprint."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls(**{field.name: file[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            raise InputError(f"{path} is not a table of words; delete it, and it will be made again") from None
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                if str(arrays["data"]) == data:
+                    return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+            raise InputError(f"{path} is damaged; delete it, and the words will be aligned again") from None
+        raise InputError(f"{path} is of another training set; delete it, and the words will be aligned again")
 
 
 class Splice:
@@ -72,9 +73,10 @@ class Splice:
     def __init__(self, dataset: SpeechDataset, table: WordTable):
         self.dataset, self.table = dataset, table
         self._first = np.searchsorted(table.utterances, np.arange(len(dataset) + 1))
+        self._sure = table.log_probs >= MIN_LOG_PROB
+        shortest, longest = (frames_in(seconds, dataset.features) for seconds in SECONDS)
         lengths = table.frames[:, 1] - table.frames[:, 0]
-        usable = (table.log_probs >= MIN_LOG_PROB) & (lengths >= FRAMES[0]) & (lengths <= FRAMES[1])
-        candidates = np.flatnonzero(usable)
+        candidates = np.flatnonzero(self._sure & (lengths >= shortest) & (lengths <= longest))
         self._candidates = candidates[np.argsort(lengths[candidates], kind="stable")]
         self._lengths = lengths[self._candidates]  # ascending
 
@@ -83,18 +85,22 @@ class Splice:
         """Words that can replace others."""
         return len(self._candidates)
 
-    def __call__(self, i: int, generator: np.random.Generator) -> tuple[Tensor, str]:
-        """Return raw frames (T, F) and text of utterance i with some of its words replaced; T is that of dataset.raw.
+    def __call__(self, i: int, raw: Tensor, generator: np.random.Generator) -> tuple[Tensor, str | None]:
+        """Return frames (T, F) and text of utterance i with some of its words replaced.
 
-        Words without frames, or without a replacement of their length, stay.
+        A word stays if its frames are unsure, or if there is no word of nearly its length.
+
+        Args:
+            raw: (T, F) frames of the utterance, dataset.raw(i).
         """
-        frames, text = self.dataset.raw(i).clone(), self.dataset.texts[i] or ""
+        frames, mean, text = raw.clone(), raw.mean(0), self.dataset.texts[i]
         rows = np.arange(self._first[i], self._first[i + 1])
-        for row in rows[generator.random(len(rows)) < WORD_SHARE][::-1]:  # from the end, so that spans stay valid
+        rows = rows[(generator.random(len(rows)) < WORD_SHARE) & self._sure[rows]]
+        for row in rows[::-1]:  # from the end, so that the spans of the others stay valid
             start, end = self.table.frames[row].tolist()
             other = self._draw(end - start, generator)
-            if other is not None:
-                frames[start:end] = self._stretched(other, end - start) + self._mean(i)
+            if other is not None and text is not None:
+                frames[start:end] = self._stretched(other, end - start) + mean
                 first, last = self.table.spans[row].tolist()
                 text = text[:first] + self._word(other) + text[last:]
         return frames, text
@@ -107,8 +113,8 @@ class Splice:
 
     def _stretched(self, row: int, length: int) -> Tensor:
         """Return the frames of a word, stretched to (length, F), less the mean frame of its utterance."""
-        i, (start, end) = int(self.table.utterances[row]), self.table.frames[row].tolist()
-        word = self.dataset.raw(i)[start:end] - self._mean(i)
+        raw, (start, end) = self.dataset.raw(int(self.table.utterances[row])), self.table.frames[row].tolist()
+        word = raw[start:end] - raw.mean(0)
         if len(word) == length:
             return word
         return torch.nn.functional.interpolate(word.T[None], size=length, mode="linear")[0].T
@@ -116,8 +122,3 @@ class Splice:
     def _word(self, row: int) -> str:
         first, last = self.table.spans[row].tolist()
         return (self.dataset.texts[self.table.utterances[row]] or "")[first:last]
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019  as long-lived as the training
-    def _mean(self, i: int) -> Tensor:
-        """Return the mean frame (F,) of utterance i."""
-        return self.dataset.raw(i).mean(0)

@@ -128,14 +128,31 @@ def dev_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
 
 
 def check_extra(corpus: Corpus, extra: Sequence[Corpus]) -> None:
-    """Raise InputError if the frames of a corpus of --extra-data cannot be like those of --data."""
+    """Raise InputError if a corpus of --extra-data has no training split, or frames unlike those of --data."""
     for other in extra:
+        extra_splits(other)
         kinds = {corpus.feature_kind, other.feature_kind} - {None}
         if (other.kind, other.feature_size) != (corpus.kind, corpus.feature_size) or len(kinds) > 1:
             raise InputError(
                 f"--extra-data {other.root} has {_frames(other)}, but --data {corpus.root} has {_frames(corpus)}; "
                 "give corpora of the same kind"
             )
+
+
+def extra_splits(corpus: Corpus) -> tuple[str, ...]:
+    """Return the splits of a corpus of --extra-data to train on: its training splits, or the one that the path names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if corpus.named:
+        return (corpus.named,)
+    if "train" not in corpus.roles:
+        raise InputError(
+            f"--extra-data {corpus.root} has no training split; it has {', '.join(corpus.splits)}; "
+            f"{corpus.split_remedy}, or give the path of a split"
+        )
+    return corpus.roles["train"]
 
 
 def _frames(corpus: Corpus) -> str:

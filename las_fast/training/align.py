@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from operator import eq
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MARGIN = 0.06  # seconds of the pause beside a word that are taken with it, at most
 UTTERANCES_PER_BATCH = 64
+NO_WORDS = (np.empty((0, 2)), np.empty((0, 2)), np.empty(0))  # spans, seconds and log-probabilities
 
 
 def align_words(
@@ -36,7 +38,7 @@ def align_words(
 ) -> WordTable:
     """Return the words of all utterances with their frames.
 
-    An utterance whose transcript has more characters than the CTC head has frames gets no words.
+    An utterance has no words in the table if its transcript needs more frames than the CTC head has.
 
     Args:
         model:      with a CTC head; it is set to evaluation mode.
@@ -58,8 +60,10 @@ def align_words(
         memory = listen(model, batch.to(device), decoding)
         texts = {i: dataset.texts[i] or "" for i in batch.indices.tolist()}
         evidence = token_evidence(memory, [vocabulary.encode(text) for text in texts.values()])
-        for (i, text), tokens in zip(texts.items(), evidence, strict=True):
-            if tokens is not None and text.strip():
+        lengths = memory.ctc_lengths.tolist()
+        for (i, text), tokens, length in zip(texts.items(), evidence, lengths, strict=True):
+            fits = len(text) + sum(map(eq, text, text[1:])) <= length  # equal characters need a blank between them
+            if tokens is not None and fits and text.strip():
                 tokens = TokenEvidence(tokens.times * (model.ctc_time_reduction * shift), tokens.log_probs)
                 found[i] = locate_words(text, tokens, float(counts[i]) * shift, calibration)
     return _table(found, shift)
@@ -88,11 +92,8 @@ def locate_words(
 def _table(found: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]], shift: float) -> WordTable:
     """Return the table of the words of each utterance; shift is seconds per frame."""
     order = sorted(found)
-    columns = [np.concatenate([empty, *(found[i][k] for i in order)]) for k, empty in enumerate(EMPTY)]
+    columns = [np.concatenate([empty, *(found[i][k] for i in order)]) for k, empty in enumerate(NO_WORDS)]
     spans, seconds, log_probs = columns
     utterances = np.repeat(np.array(order, np.int32), [len(found[i][0]) for i in order])
     frames = np.rint(seconds / shift).astype(np.int32)
     return WordTable(utterances, spans.astype(np.int32), frames, log_probs.astype(np.float32))
-
-
-EMPTY = (np.empty((0, 2)), np.empty((0, 2)), np.empty(0))  # spans, seconds and log-probabilities of no words

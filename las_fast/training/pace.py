@@ -29,6 +29,10 @@ class Pace:
         self.steps += 1
         self.audio_seconds += audio_seconds
 
+    def exclude(self, seconds: float) -> None:
+        """Leave out the latest seconds, which were not spent on training."""
+        self.started += seconds
+
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """Return the next batch, or None after the last one, and count the time it takes as waiting."""
         start = time.perf_counter()

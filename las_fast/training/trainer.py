@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from las_fast.training.step import Diverged, Learner, Progress
 from las_fast.training.validate import Validation, validate
 from las_fast.tree import to_tree
 
+T = TypeVar("T")
 WORDS = "words.npz"  # in a run folder: the words of the training set, for augment.splice
 
 
@@ -177,38 +179,44 @@ class Trainer(Learner):
         )
 
     def _splice_of(self, epoch: int) -> Splice | None:
-        """Return what replaces words in an epoch, or None; at the start of augment.splice_epoch, align all words."""
+        """Return what replaces words in an epoch, or None; at the start of augment.splice_epoch, align all words.
+
+        A training that was interrupted later reads the words of its run folder.
+        """
         if not self.config.augment.splice or epoch < self.config.augment.splice_epoch:
             return None
         if self.splice is None:
-            path, first = self.out / WORDS, self.curriculum.steps_before(self.config.augment.splice_epoch)
-            if self.progress.step > first and path.is_file():
-                table = WordTable.load(path)
+            path, data = self.out / WORDS, fingerprint(self.train_data)
+            is_later = self.progress.step > self.curriculum.steps_before(self.config.augment.splice_epoch)
+            if is_later and path.is_file():
+                self.splice = Splice(self.train_data, WordTable.load(path, data))
             else:
-                table = self._align()
-                table.save(path)
-            self.splice = Splice(self.train_data, table)
+                if is_later:
+                    write(f"warning: {path} is missing; a training that was not interrupted has words aligned earlier")
+                self.splice = self._align()
+                self.splice.table.save(path, data)
         return self.splice
 
-    def _align(self) -> WordTable:
-        """Find the frames of all words of the training set; warn if the CTC head is not sure of most of them."""
+    def _align(self) -> Splice:
+        """Find the frames of all words of the training set; warn if the CTC head is unsure of most of them."""
         self.settle()
-        with self._decoding_memory("the alignment of words"):
-            table = align_words(
-                self.averaged or self.model,
-                self.train_data,
-                self.vocabulary,
-                decoding=self.config.decoding,
-                check_stop=self.stop.check,
-            )
-        total, usable = len(table.utterances), Splice(self.train_data, table).candidates
-        write(f"augment.splice: {total} words aligned; {usable} of them can replace others")
-        if usable < total / 2:
-            write(
-                "warning: the CTC head is not sure of most words; with a higher --augment.splice-epoch it would have "
-                "learned more before"
-            )
-        return table
+        start = time.perf_counter()
+        model, decoding = self.averaged or self.model, self.config.decoding
+        options = {"decoding": decoding, "check_stop": self.stop.check}
+        table = self._within_memory(
+            "the alignment of words", lambda: align_words(model, self.train_data, self.vocabulary, **options)
+        )
+        splice, total = Splice(self.train_data, table), len(table.utterances)
+        self.pace.exclude(time.perf_counter() - start)
+        write(f"augment.splice: {total} words aligned; the CTC head is sure of {splice.candidates}")
+        advice = (
+            "raise --augment.splice-epoch, so that it learns more before, or start from a trained model with --init"
+        )
+        if not splice.candidates and not self.progress.step:
+            raise InputError(f"augment.splice: the CTC head is not sure of any of the {total} words; {advice}")
+        if 2 * splice.candidates <= total:
+            write(f"warning: the CTC head is unsure of most words, which therefore stay; next time, {advice}")
+        return splice
 
     # Validation, logs and messages
 
@@ -240,19 +248,17 @@ class Trainer(Learner):
 
     def _validate(self, model: LAS) -> Validation:
         options = (self.config, self.device, self.out, self.epoch, self.stop.check)
-        with self._decoding_memory("a validation"):
-            return validate(model, self.dev_data, self.vocabulary, *options)
+        return self._within_memory("a validation", lambda: validate(model, self.dev_data, self.vocabulary, *options))
 
-    @contextlib.contextmanager
-    def _decoding_memory(self, what: str) -> Generator[None]:
-        """Replace an out-of-memory error by an InputError that names the setting to lower."""
+    def _within_memory(self, what: str, decode: Callable[[], T]) -> T:
+        """Return decode(); if memory runs out, raise an InputError that names the setting to lower."""
         try:
-            yield
-            return
+            return decode()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             now = self.config.decoding.frames_per_batch
+        # Here, outside the except clause, nothing refers to the tensors of `decode` any more.
         advice = "continue with --resume" if self.progress.step else "start again"
         raise InputError(f"{what} does not fit in memory; lower --decoding.frames-per-batch (now {now}) and {advice}")
 

@@ -292,6 +292,27 @@ def test_augmentation_differs_by_epoch_seed_and_utterance_only(dataset):
         assert one.shape != other.shape or not torch.equal(one, other)
 
 
+def test_as_many_utterances_as_the_setting_says_are_spliced_in_any_process(dataset):
+    """Of each, frames and text change together, before everything else and whatever augment.start_epoch is."""
+    batches = [[i % len(dataset), (i + 1) % len(dataset)] for i in range(40)]
+    config = AugmentConfig(time_masks=0, frequency_masks=0, start_epoch=5.0, splice=0.3)
+    options = {"augment": Augment(config), "splice": lambda i, raw, generator: (raw * 0 + generator.random(), "ZZZ")}
+    for epoch in (0, 1):
+        loaded = load(dataset, batches, epoch=epoch, **options)
+        spliced = []
+        for batch in loaded:
+            texts = [
+                Vocabulary().decode(t[: n - 1].tolist()) for t, n in zip(batch.tokens, batch.token_lengths, strict=True)
+            ]
+            flat = [float(x[:n].std()) < 1e-6 for x, n in zip(batch.features, batch.feature_lengths, strict=True)]
+            assert flat == [text == "ZZZ" for text in texts]
+            spliced += flat
+        assert 0.1 < np.mean(spliced) < 0.5
+        again = load(dataset, batches, epoch=epoch, start=30, workers=2, **options)
+        assert all(torch.equal(a.features, b.features) for a, b in zip(loaded[30:], again, strict=True))
+    assert not any("ZZZ" in dataset.texts[i] for i in range(len(dataset)))
+
+
 def test_the_loader_does_not_change_the_random_state_of_training(dataset):
     before = torch.get_rng_state()
     load(dataset, [[0], [1]])

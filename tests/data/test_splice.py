@@ -1,12 +1,14 @@
 """Words of other utterances in training: the frames and the text change together, and nothing else does."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from las_fast.data.splice import FRAMES, MAX_STRETCH, MIN_LOG_PROB, WORD_SHARE, Splice, WordTable
+from las_fast.config import FeatureConfig
+from las_fast.data.splice import MAX_STRETCH, MIN_LOG_PROB, SECONDS, WORD_SHARE, Splice, WordTable
 from las_fast.errors import InputError
 
 PAUSE = 3  # frames before each word and after the last
@@ -15,6 +17,8 @@ LENGTHS = (10, 11, 12, 30, 31, 33)  # frames of the words
 
 class Data:
     """Utterances whose words are constant frames: the second value of a frame is a number that only its word has."""
+
+    features = FeatureConfig()  # 10 ms per frame
 
     def __init__(self, utterances=12, words=4):
         generator = np.random.default_rng(0)
@@ -47,8 +51,8 @@ def data():
     return Data()
 
 
-def rng(seed):
-    return np.random.default_rng(seed)
+def call(splice, i, seed):
+    return splice(i, splice.dataset.raw(i), np.random.default_rng(seed))
 
 
 def rows_of(data, i):
@@ -59,7 +63,7 @@ def test_the_words_of_the_text_are_those_that_are_heard(data):
     splice, replaced = Splice(data, data.table), 0
     for i in range(len(data)):
         before = data.raw(i).clone()
-        frames, text = splice(i, rng(i))
+        frames, text = call(splice, i, i)
         assert torch.equal(data.raw(i), before) and frames.shape == before.shape
         words, old = text.split(), data.texts[i].split()
         assert len(words) == len(old) and text.replace(" ", "") == "".join(words)
@@ -76,20 +80,20 @@ def test_the_words_of_the_text_are_those_that_are_heard(data):
 
 
 def test_spaces_of_the_text_stay(data):
-    _, text = Splice(data, data.table)(0, rng(1))
+    _, text = call(Splice(data, data.table), 0, 1)
     assert text != data.texts[0] and text.count("  ") == data.texts[0].count("  ") == 1
 
 
 def test_the_same_state_of_the_generator_gives_the_same_utterance(data):
-    first, again = (Splice(data, data.table)(3, rng(5)) for _ in range(2))
+    first, again = (call(Splice(data, data.table), 3, 5) for _ in range(2))
     assert torch.equal(first[0], again[0]) and first[1] == again[1]
-    assert len({Splice(data, data.table)(3, rng(seed))[1] for seed in range(9)}) > 4
+    assert len({call(Splice(data, data.table), 3, seed)[1] for seed in range(9)}) > 4
 
 
 def test_a_quarter_of_the_words_is_replaced():
     data = Data(utterances=200, words=10)
     splice = Splice(data, data.table)
-    texts = [splice(i, rng(i))[1] for i in range(200)]
+    texts = [call(splice, i, i)[1] for i in range(200)]
     changed = [
         new != old for i, text in enumerate(texts) for new, old in zip(text.split(), data.texts[i].split(), strict=True)
     ]
@@ -101,7 +105,7 @@ def test_replacements_are_of_nearly_the_same_length():
     length = dict(zip(" ".join(data.texts).split(), np.diff(data.table.frames)[:, 0].tolist(), strict=True))
     splice, used = Splice(data, data.table), set()
     for i in range(60):
-        for new, old in zip(splice(i, rng(i))[1].split(), data.texts[i].split(), strict=True):
+        for new, old in zip(call(splice, i, i)[1].split(), data.texts[i].split(), strict=True):
             assert abs(length[new] - length[old]) <= MAX_STRETCH * length[old]
             used.add((length[old], length[new]))
     assert {(10, 12), (12, 10), (30, 33)} <= used  # stretched in both directions
@@ -118,23 +122,37 @@ def test_a_stretched_word_is_interpolated(data):
     assert 8.5 < spread <= 9
 
 
-@pytest.mark.parametrize("bad", ["uncertain", "short", "long"])
-def test_words_with_doubtful_frames_replace_none_but_can_be_replaced(bad):
-    data = Data(utterances=2, words=40)
-    table, second = data.table, data.table.utterances == 1
-    if bad == "uncertain":
-        table = replace(table, log_probs=np.where(second, MIN_LOG_PROB - 0.1, 0).astype(np.float32))
-    else:
-        lengths = {"short": FRAMES[0] - 1, "long": FRAMES[1] + 1}
-        frames = table.frames.copy()
-        frames[second, 1] = frames[second, 0] + lengths[bad]
-        table = replace(table, frames=frames)
+def shares(texts, prefix):
+    words = " ".join(texts).split()
+    return sum(word.startswith(prefix) for word in words) / len(words)
+
+
+def test_words_with_unsure_frames_stay_and_replace_none():
+    data = Data(utterances=2, words=60)
+    second = data.table.utterances == 1
+    table = replace(data.table, log_probs=np.where(second, MIN_LOG_PROB - 0.1, 0).astype(np.float32))
     splice = Splice(data, table)
+    assert splice.candidates == 60
+    assert call(splice, 1, 0)[1] == data.texts[1]
+    texts = [call(splice, 0, seed)[1] for seed in range(5)]
+    assert data.texts[0] not in texts and shares(texts, "W1") == 0
+
+
+@pytest.mark.parametrize("frames", [round(100 * SECONDS[0]) - 1, round(100 * SECONDS[1]) + 1])
+def test_very_short_and_long_words_replace_none(frames):
+    data = Data(utterances=3, words=20)
+    spans = data.table.frames.copy()
+    third = data.table.utterances == 2
+    spans[third, 1] = spans[third, 0] + frames
+    splice = Splice(data, replace(data.table, frames=spans))
     assert splice.candidates == 40
-    for seed in range(5):
-        assert not any(word.startswith("W1") for word in splice(0, rng(seed))[1].split())
-    if bad == "uncertain":
-        assert any(word.startswith("W0") for word in splice(1, rng(0))[1].split())
+    texts = [call(splice, 0, seed)[1] for seed in range(5)]
+    assert shares(texts, "W2") == 0 and 0 < shares(texts, "W1") < 0.3
+
+
+def test_an_utterance_without_text_keeps_none(data):
+    data.texts[2] = None
+    assert all(call(Splice(data, data.table), 2, seed)[1] is None for seed in range(4))
 
 
 def test_without_words_or_candidates_nothing_changes(data):
@@ -142,7 +160,7 @@ def test_without_words_or_candidates_nothing_changes(data):
     uncertain = replace(data.table, log_probs=np.full(len(data.table.utterances), -9.0, np.float32))
     for table in (none, uncertain):
         splice = Splice(data, table)
-        frames, text = splice(2, rng(0))
+        frames, text = call(splice, 2, 0)
         assert torch.equal(frames, data.raw(2)) and text == data.texts[2] and splice.candidates == 0
 
 
@@ -150,29 +168,48 @@ def test_an_utterance_without_words_in_the_table_stays(data):
     kept = data.table.utterances != 4
     table = WordTable(*(column[kept] for column in vars(data.table).values()))
     splice = Splice(data, table)
-    assert all(splice(4, rng(seed))[1] == data.texts[4] for seed in range(5))
-    assert any(splice(5, rng(seed))[1] != data.texts[5] for seed in range(5))
-    assert not any("W4X" in splice(i, rng(seed))[1] for i in (3, 5) for seed in range(20))
+    assert all(call(splice, 4, seed)[1] == data.texts[4] for seed in range(5))
+    assert any(call(splice, 5, seed)[1] != data.texts[5] for seed in range(5))
+    assert not any("W4X" in call(splice, i, seed)[1] for i in (3, 5) for seed in range(20))
 
 
 def test_a_table_is_read_as_it_was_written(data, tmp_path):
-    data.table.save(tmp_path / "words.npz")
-    read = WordTable.load(tmp_path / "words.npz")
+    data.table.save(tmp_path / "words.npz", "mine")
+    read = WordTable.load(tmp_path / "words.npz", "mine")
     for ours, theirs in zip(vars(read).values(), vars(data.table).values(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
         assert ours.dtype == theirs.dtype
     assert [path.name for path in tmp_path.iterdir()] == ["words.npz"]
+    with pytest.raises(InputError, match="words.npz is of another training set; delete it"):
+        WordTable.load(tmp_path / "words.npz", "other")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"something else"])
-def test_a_damaged_table_is_a_one_sentence_error(tmp_path, content):
+def npy():
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+def npz(**arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b"PK\x03\x04 cut",
+    "text": b"something else",
+    "npy": npy(),
+    "pickle": npz(data=np.array([{}], dtype=object)),
+    "no columns": npz(data="mine"),
+    "no data": npz(utterances=np.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_table_is_a_one_sentence_error(tmp_path, name):
     path = tmp_path / "words.npz"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"words.npz is not a table of words; delete it"):
-        WordTable.load(path)
-
-
-def test_a_table_that_lacks_a_column_is_a_one_sentence_error(tmp_path):
-    np.savez(tmp_path / "words.npz", utterances=np.zeros(3, np.int32))
-    with pytest.raises(InputError, match="is not a table of words"):
-        WordTable.load(tmp_path / "words.npz")
+    path.write_bytes(DAMAGED[name])
+    with pytest.raises(InputError, match=r"words.npz is damaged; delete it, and the words will be aligned again"):
+        WordTable.load(path, "mine")

@@ -83,8 +83,8 @@ class Data:
 
 
 def test_words_get_the_frames_of_their_characters():
-    texts, counts = ["HI YOU", "A", "TOO LONG FOR THIS", "SO IT IS"], [200, 100, 12, 300]
-    at = [[20, 25, 30, 60, 65, 70], [10], range(17), [30, 40, 45, 50, 55, 100, 110, 120]]
+    texts, counts = ["HI YOU", "A", "TOO LONG FOR THIS", "SO IT IS", "BEE"], [200, 100, 12, 300, 6]
+    at = [[20, 25, 30, 60, 65, 70], [10], range(17), [30, 40, 45, 50, 55, 100, 110, 120], range(3)]
     checks = []
     table = align_words(
         Model(texts, at, counts).train(),
@@ -94,7 +94,7 @@ def test_words_get_the_frames_of_their_characters():
         check_stop=lambda: checks.append(1),
     )
     assert len(checks) > 1
-    assert table.utterances.tolist() == [0, 0, 1, 3, 3, 3]  # the third has more characters than CTC frames
+    assert table.utterances.tolist() == [0, 0, 1, 3, 3, 3]  # the others need more CTC frames than there are
     words = [texts[i][a:b] for i, (a, b) in zip(table.utterances, table.spans, strict=True)]
     assert words == ["HI", "YOU", "A", "SO", "IT", "IS"]
     centres = [(20 + 25) / 2, (60 + 70) / 2, 10, (30 + 40) / 2, (50 + 55) / 2, (110 + 120) / 2]
@@ -144,10 +144,10 @@ def test_words_are_aligned_once_at_the_start_of_the_epoch(trainer, aligned, caps
     splice = trainer._splice_of(1)
     assert isinstance(splice, Splice) and trainer._splice_of(2) is splice
     assert aligned == [trainer.averaged or trainer.model] and (trainer.out / "words.npz").is_file()
-    assert "augment.splice: 4 words aligned; 4 of them can replace others\n" in capsys.readouterr().out
+    assert "augment.splice: 4 words aligned; the CTC head is sure of 4\n" in capsys.readouterr().out
 
 
-def test_a_training_resumed_within_the_epochs_takes_the_table_of_the_run(trainer, aligned):
+def test_a_training_resumed_within_the_epochs_takes_the_table_of_the_run(trainer, aligned, capsys):
     first = trainer.curriculum.steps_before(1)
     trainer.progress.step = first
     table = trainer._splice_of(1).table
@@ -156,20 +156,39 @@ def test_a_training_resumed_within_the_epochs_takes_the_table_of_the_run(trainer
     assert len(aligned) == 1
     trainer.splice, trainer.progress.step = None, first  # a table from before the start of the epoch is not used
     trainer._splice_of(1)
-    trainer.splice, trainer.progress.step = None, first + 1
-    (trainer.out / "words.npz").unlink()
-    trainer._splice_of(1)
-    assert len(aligned) == 3
+    assert len(aligned) == 2 and "warning" not in capsys.readouterr().out
 
 
-def test_an_unsure_head_is_warned_of(trainer, monkeypatch, capsys):
-    few = WordTable(*(np.zeros(shape, np.int32) for shape in (3, (3, 2), (3, 2))), np.full(3, -5.0, np.float32))
-    monkeypatch.setattr(trainer_module, "align_words", lambda *_, **__: few)
+def test_without_the_table_of_the_run_words_are_aligned_again_with_a_warning(trainer, aligned, capsys):
+    trainer.progress.step = trainer.curriculum.steps_before(1) + 1
     trainer._splice_of(1)
-    assert (
-        "warning: the CTC head is not sure of most words; with a higher --augment.splice-epoch"
-        in capsys.readouterr().out
+    assert len(aligned) == 1 and "words.npz is missing; a training that was not" in capsys.readouterr().out
+
+
+def unsure(count):
+    return WordTable(
+        *(np.zeros(shape, np.int32) for shape in (count, (count, 2), (count, 2))), np.full(count, -5.0, np.float32)
     )
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_unsure_head_is_warned_of_later_and_refused_at_the_start(trainer, monkeypatch, capsys, count):
+    monkeypatch.setattr(trainer_module, "align_words", lambda *_, **__: unsure(count))
+    trainer.progress.step = trainer.curriculum.steps_before(1)
+    trainer._splice_of(1)
+    assert "warning: the CTC head is unsure of most words, which therefore stay" in capsys.readouterr().out
+    trainer.splice, trainer.progress.step = None, 0
+    with pytest.raises(InputError, match=f"not sure of any of the {count} words; raise --augment.splice-epoch"):
+        trainer._splice_of(1)
+
+
+def test_the_time_of_the_alignment_is_not_part_of_the_pace(trainer, aligned, monkeypatch):
+    seconds = iter([10.0, 17.0])
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(seconds))
+    trainer.progress.step = trainer.curriculum.steps_before(1)
+    before = trainer.pace.started
+    trainer._splice_of(1)
+    assert trainer.pace.started == before + 7.0
 
 
 def test_an_alignment_that_does_not_fit_in_memory_names_the_setting(trainer, monkeypatch):
@@ -184,7 +203,7 @@ def test_an_alignment_that_does_not_fit_in_memory_names_the_setting(trainer, mon
 def test_the_batches_have_the_words_of_the_splice(trainer, aligned):
     trainer.progress.step = trainer.curriculum.steps_before(1)
     whole = {text for batch in trainer._rest_of_epoch() for text in spelled(batch, trainer.vocabulary)}
-    trainer.splice = lambda i, generator: (trainer.train_data.raw(i) + 1, "ZZZ")
+    trainer.splice = lambda i, raw, generator: (raw + 1, "ZZZ")
     changed = list(trainer._rest_of_epoch())
     assert {text for batch in changed for text in spelled(batch, trainer.vocabulary)} == {"ZZZ"} and "ZZZ" not in whole
 
