@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from las_fast.config import Config
-from las_fast.data.batching import make_loader, sorted_batches
+from las_fast.config import Config, DecodingConfig
+from las_fast.data.batching import Batch, make_loader, sorted_batches
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
 from las_fast.errors import show
@@ -79,44 +79,66 @@ def validate(
         RuntimeError, MemoryError: a batch does not fit in memory.
     """
     model.eval()
+    frame_seconds = seconds_of(config.model.listener.time_reduction, config.features)
+    pictures = AttentionPictures(data, config.training.pictures, frame_seconds)
+    sums, search, hypotheses = _Sums(), _greedy_settings(config), [""] * len(data)
+    for batch in track(_batches(data, vocabulary, config), "validating", "batches"):
+        check_stop()
+        batch = batch.to(device)
+        memory = model.listen(batch.features, batch.feature_lengths)
+        weights = sums.add(model, memory, *batch.targets)
+        pictures.collect(batch.indices, weights, batch.targets[1], memory.lengths)
+        for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, search), strict=True):
+            hypotheses[i] = vocabulary.decode(best[0].text_tokens)
+    samples = pictures.save(out / "attention", epoch, hypotheses)
+    scores = score([text or "" for text in data.texts], hypotheses)
+    return Validation(sums.loss(), scores, sums.alignment(), hypotheses, describe_fault(hypotheses), samples)
+
+
+def _batches(data: SpeechDataset, vocabulary: Vocabulary, config: Config) -> Iterable[Batch]:
     batches = sorted_batches(
         data.frame_counts,
         frames_per_batch=config.decoding.frames_per_batch,
         utterances_per_batch=config.data.utterances_per_batch,
     )
-    total, count, alignments = 0.0, 0, []
-    swapped_rise, swapped_count = 0.0, 0
-    hypotheses: list[str] = [""] * len(data)
-    # Search with attention alone: the monitor judges the attention, and CER stays comparable between trainings.
-    attention_only = config.decoding.attention_only()
-    if attention_only.precision == "int8":  # not on every device
-        attention_only = replace(attention_only, precision="auto")
-    frame_seconds = seconds_of(config.model.listener.time_reduction, config.features)
-    pictures = AttentionPictures(data, config.training.pictures, frame_seconds)
-    loader = make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
-    for batch in track(loader, "validating", "batches"):
-        check_stop()
-        batch = batch.to(device)
-        memory = model.listen(batch.features, batch.feature_lengths)
-        tokens, token_lengths = batch.targets
+    return make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
+
+
+def _greedy_settings(config: Config) -> DecodingConfig:
+    """Return settings with attention alone: the monitor judges it, and CER stays comparable between trainings."""
+    settings = config.decoding.attention_only()
+    return (
+        replace(settings, precision="auto") if settings.precision == "int8" else settings
+    )  # int8: not on every device
+
+
+class _Sums:
+    """Sums over the batches of a validation."""
+
+    def __init__(self):
+        self._loss, self._tokens = 0.0, 0
+        self._swapped_rise, self._swapped_tokens = 0.0, 0
+        self._alignments: list[monitor.Alignment] = []
+
+    def add(self, model: LAS, memory: Memory, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+        """Add a batch with the targets tokens (B, U) and token_lengths (B,); return the attention weights (B, U, T)."""
         logits, weights = model.speller(memory, tokens)
-        total += float(token_loss(logits, tokens))
-        count += int(token_lengths.sum())
-        alignments.append(monitor.measure(weights, token_lengths, memory.lengths))
-        if len(batch.indices) > 1:
+        loss, count = float(token_loss(logits, tokens)), int(token_lengths.sum())
+        self._loss, self._tokens = self._loss + loss, self._tokens + count
+        self._alignments.append(monitor.measure(weights, token_lengths, memory.lengths))
+        if len(tokens) > 1:
             swapped, _ = model.speller(swap_audio(memory), tokens)
-            swapped_rise += float(token_loss(swapped, tokens) - token_loss(logits, tokens))
-            swapped_count += int(token_lengths.sum())
-        pictures.collect(batch.indices, weights, token_lengths, memory.lengths)
-        for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, attention_only), strict=True):
-            hypotheses[i] = vocabulary.decode(best[0].text_tokens)
-    samples = pictures.save(out / "attention", epoch, hypotheses)
-    audio_gain = swapped_rise / swapped_count if swapped_count else None
-    alignment = replace(monitor.combine(alignments), audio_gain=audio_gain)
-    references = [text or "" for text in data.texts]
-    return Validation(
-        total / count, score(references, hypotheses), alignment, hypotheses, describe_fault(hypotheses), samples
-    )
+            self._swapped_rise += float(token_loss(swapped, tokens)) - loss
+            self._swapped_tokens += count
+        return weights
+
+    def loss(self) -> float:
+        """Return the cross-entropy, nats per token."""
+        return self._loss / self._tokens
+
+    def alignment(self) -> monitor.Alignment:
+        audio_gain = self._swapped_rise / self._swapped_tokens if self._swapped_tokens else None
+        return replace(monitor.combine(self._alignments), audio_gain=audio_gain)
 
 
 def swap_audio(memory: Memory) -> Memory:
