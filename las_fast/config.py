@@ -370,9 +370,20 @@ def check(config: Config) -> Config:
     for name, value, bounds in _numbers(config):
         if bound := bounds.violated(value):
             raise InputError(f"settings: {name} must be {bound}; got {value}")
-    listener, training, model = config.model.listener, config.training, config.model
+    for is_met, message in (*_model_rules(config), *_feature_rules(config), *_training_rules(config)):
+        if not is_met:
+            raise InputError(f"settings: {message}")
+    return config
+
+
+Rule = tuple[bool, str]  # whether it is met, and the error if not
+
+
+def _model_rules(config: Config) -> list[Rule]:
+    model, listener, training = config.model, config.model.listener, config.training
+    has_ctc = model.ctc_layer >= 0
     conv_lengths = {len(listener.conv_channels), len(listener.conv_kernels), len(listener.conv_strides)}
-    rules = [
+    return [
         (len(conv_lengths) == 1, "model.listener.conv_channels, conv_kernels and conv_strides must be equally long"),
         (all(k % 2 for k in listener.conv_kernels), "model.listener.conv_kernels must be odd"),
         (
@@ -384,37 +395,45 @@ def check(config: Config) -> Config:
             f"model.inner_ctc_layer must be below model.ctc_layer ({model.ctc_layer}), or -1 for none; "
             f"got {model.inner_ctc_layer}",
         ),
-        (training.ctc_weight == 0 or model.ctc_layer >= 0, f"training.ctc_weight {NEEDS_CTC_HEAD}"),
-        (training.guided_frames == 0 or model.ctc_layer >= 0, f"training.guided_frames {NEEDS_CTC_HEAD}"),
-        (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
-        (config.augment.splice == 0 or model.ctc_layer >= 0, f"augment.splice {NEEDS_CTC_HEAD}"),
+        (training.ctc_weight == 0 or has_ctc, f"training.ctc_weight {NEEDS_CTC_HEAD}"),
+        (training.guided_frames == 0 or has_ctc, f"training.guided_frames {NEEDS_CTC_HEAD}"),
+        (config.decoding.ctc_weight == 0 or has_ctc, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
+        (config.augment.splice == 0 or has_ctc, f"augment.splice {NEEDS_CTC_HEAD}"),
+        (len(model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must have at least one cell"),
+    ]
+
+
+def _feature_rules(config: Config) -> list[Rule]:
+    features, augment = config.features, config.augment
+    return [
+        (features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
         (
-            config.augment.splice == 0 or config.augment.splice_epoch < training.epochs,
-            f"augment.splice_epoch must be below training.epochs ({training.epochs}); "
-            f"got {config.augment.splice_epoch}",
-        ),
-        (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
-        (
-            not 0 < config.features.lifter < 1,
-            f"features.lifter must be 0 for none, or at least 1; got {config.features.lifter:g}",
-        ),
-        (
-            not config.augment.warp
-            or config.features.kind == "logmel"
-            or config.features.size <= config.features.mel_bins,
-            f"augment.warp needs features.mel_bins ({config.features.mel_bins}) of at least features.size "
-            f"({config.features.size}); give the number of mel filters of the MFCC",
+            not 0 < features.lifter < 1,
+            f"features.lifter must be 0 for none, or at least 1; got {features.lifter:g}",
         ),
         (
-            config.augment.snr_low <= config.augment.snr_high,
-            f"augment.snr_low must be at most augment.snr_high; got {config.augment.snr_low:g} and "
-            f"{config.augment.snr_high:g} dB",
+            not augment.warp or features.kind == "logmel" or features.size <= features.mel_bins,
+            f"augment.warp needs features.mel_bins ({features.mel_bins}) of at least features.size ({features.size}); "
+            "give the number of mel filters of the MFCC",
         ),
         (
-            not (config.data.dev and config.data.dev_share),
+            augment.snr_low <= augment.snr_high,
+            f"augment.snr_low must be at most augment.snr_high; got {augment.snr_low:g} and {augment.snr_high:g} dB",
+        ),
+    ]
+
+
+def _training_rules(config: Config) -> list[Rule]:
+    training, data, augment = config.training, config.data, config.augment
+    return [
+        (
+            augment.splice == 0 or augment.splice_epoch < training.epochs,
+            f"augment.splice_epoch must be below training.epochs ({training.epochs}); got {augment.splice_epoch}",
+        ),
+        (
+            not (data.dev and data.dev_share),
             "data.dev names a dev split and data.dev_share holds one out; set data.dev to '' or data.dev_share to 0",
         ),
-        (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must have at least one cell"),
         (not training.restarts or training.schedule == "cosine", "training.restarts needs training.schedule cosine"),
         (
             all(a < b for a, b in pairwise((*training.restarts, training.epochs))),
@@ -426,10 +445,6 @@ def check(config: Config) -> Config:
             "each stage of training.teacher_forcing must have start <= end",
         ),
     ]
-    for is_met, message in rules:
-        if not is_met:
-            raise InputError(f"settings: {message}")
-    return config
 
 
 def check_decoding(config: Config, decoding: DecodingConfig) -> DecodingConfig:
