@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from las_fast.config import DecodingConfig
-from las_fast.data.batching import make_loader, sorted_batches
+from las_fast.data.batching import TRAINING_FRAME_MULTIPLE, make_loader, sorted_batches
 from las_fast.data.features import frame_sizes
 from las_fast.data.splice import WordTable
 from las_fast.progress import track
@@ -53,7 +53,8 @@ def align_words(
     batches = sorted_batches(
         counts, frames_per_batch=decoding.frames_per_batch, utterances_per_batch=UTTERANCES_PER_BATCH
     )
-    loader = make_loader(dataset, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
+    loader = make_loader(dataset, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0,
+                         frame_multiple=TRAINING_FRAME_MULTIPLE)  # fmt: skip
     found = {}
     for batch in track(loader, "aligning words", "batches"):
         check_stop()
