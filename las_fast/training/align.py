@@ -8,14 +8,14 @@ from operator import eq
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from las_fast.config import DecodingConfig
+from las_fast.config import DataConfig
 from las_fast.data.batching import TRAINING_FRAME_MULTIPLE, make_loader, sorted_batches
 from las_fast.data.features import frame_sizes
 from las_fast.data.splice import WordTable
 from las_fast.progress import track
 from las_fast.search.confidence import DEFAULT, Calibration, read_calibration
-from las_fast.search.dataset import listen
 from las_fast.search.words import TokenEvidence, token_evidence, word_times
 
 if TYPE_CHECKING:
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
     from las_fast.text import Vocabulary
 
 MARGIN = 0.06  # seconds of the pause beside a word that are taken with it, at most
-UTTERANCES_PER_BATCH = 64
 NO_WORDS = (np.empty((0, 2)), np.empty((0, 2)), np.empty(0))  # spans, seconds and log-probabilities
 
 
+@torch.inference_mode()
 def align_words(
     model: LAS,
     dataset: SpeechDataset,
     vocabulary: Vocabulary,
     *,
-    decoding: DecodingConfig,
+    data: DataConfig,
+    precision: torch.dtype,
     check_stop: Callable[[], None] = lambda: None,
 ) -> WordTable:
     """Return the words of all utterances with their frames.
@@ -43,7 +44,8 @@ def align_words(
     Args:
         model:      with a CTC head; it is set to evaluation mode.
         dataset:    with transcripts.
-        decoding:   frames_per_batch and precision are used.
+        data:       frames_per_batch and utterances_per_batch are used: what fits in training fits here.
+        precision:  of matmuls, as in training.
         check_stop: called before each batch; may raise.
     """
     model.eval()
@@ -51,14 +53,16 @@ def align_words(
     shift = frame_sizes(dataset.features)[1] / dataset.features.sample_rate  # seconds
     counts = dataset.frame_counts
     batches = sorted_batches(
-        counts, frames_per_batch=decoding.frames_per_batch, utterances_per_batch=UTTERANCES_PER_BATCH
+        counts, frames_per_batch=data.frames_per_batch, utterances_per_batch=data.utterances_per_batch
     )
     loader = make_loader(dataset, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0,
                          frame_multiple=TRAINING_FRAME_MULTIPLE)  # fmt: skip
     found = {}
     for batch in track(loader, "aligning words", "batches"):
         check_stop()
-        memory = listen(model, batch.to(device), decoding)
+        batch = batch.to(device)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            memory = model.listen(batch.features, batch.feature_lengths)
         texts = {i: dataset.texts[i] or "" for i in batch.indices.tolist()}
         evidence = token_evidence(memory, [vocabulary.encode(text) for text in texts.values()])
         lengths = memory.ctc_lengths.tolist()

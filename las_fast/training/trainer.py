@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ from las_fast.training.step import Diverged, Learner, Progress
 from las_fast.training.validate import Validation, validate
 from las_fast.tree import to_tree
 
-T = TypeVar("T")
 WORDS = "words.npz"  # in a run folder: the words of the training set, for augment.splice
 
 
@@ -201,10 +199,13 @@ class Trainer(Learner):
         """Find the frames of all words of the training set; warn if the CTC head is unsure of most of them."""
         self.settle()
         start = time.perf_counter()
-        model, decoding = self.averaged or self.model, self.config.decoding
-        options = {"decoding": decoding, "check_stop": self.stop.check}
-        table = self._within_memory(
-            "the alignment of words", lambda: align_words(model, self.train_data, self.vocabulary, **options)
+        table = align_words(
+            self.averaged or self.model,
+            self.train_data,
+            self.vocabulary,
+            data=self.config.data,
+            precision=self.precision,
+            check_stop=self.stop.check,
         )
         splice, total = Splice(self.train_data, table), len(table.utterances)
         self.pace.exclude(time.perf_counter() - start)
@@ -247,20 +248,17 @@ class Trainer(Learner):
         self.pace = Pace()
 
     def _validate(self, model: LAS) -> Validation:
-        options = (self.config, self.device, self.out, self.epoch, self.stop.check)
-        return self._within_memory("a validation", lambda: validate(model, self.dev_data, self.vocabulary, *options))
-
-    def _within_memory(self, what: str, decode: Callable[[], T]) -> T:
-        """Return decode(); if memory runs out, raise an InputError that names the setting to lower."""
         try:
-            return decode()
+            options = (self.config, self.device, self.out, self.epoch, self.stop.check)
+            return validate(model, self.dev_data, self.vocabulary, *options)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             now = self.config.decoding.frames_per_batch
-        # Here, outside the except clause, nothing refers to the tensors of `decode` any more.
         advice = "continue with --resume" if self.progress.step else "start again"
-        raise InputError(f"{what} does not fit in memory; lower --decoding.frames-per-batch (now {now}) and {advice}")
+        raise InputError(
+            f"a validation does not fit in memory; lower --decoding.frames-per-batch (now {now}) and {advice}"
+        )
 
     def _record(self, result: Validation, model: nn.Module) -> str:
         """Write weights, log and last.pt after a validation; return the monitor's line."""
