@@ -65,6 +65,7 @@ def align_words(
             memory = model.listen(batch.features, batch.feature_lengths)
         texts = {i: dataset.texts[i] or "" for i in batch.indices.tolist()}
         evidence = token_evidence(memory, [vocabulary.encode(text) for text in texts.values()])
+        assert memory.ctc_lengths is not None  # augment.splice needs a CTC head
         lengths = memory.ctc_lengths.tolist()
         for (i, text), tokens, length in zip(texts.items(), evidence, lengths, strict=True):
             fits = len(text) + sum(map(eq, text, text[1:])) <= length  # equal characters need a blank between them
