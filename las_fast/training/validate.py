@@ -107,9 +107,9 @@ def _batches(data: SpeechDataset, vocabulary: Vocabulary, config: Config) -> Ite
 def _greedy_settings(config: Config) -> DecodingConfig:
     """Return settings with attention alone: the monitor judges it, and CER stays comparable between trainings."""
     settings = config.decoding.attention_only()
-    return (
-        replace(settings, precision="auto") if settings.precision == "int8" else settings
-    )  # int8: not on every device
+    if settings.precision == "int8":  # not on every device
+        settings = replace(settings, precision="auto")
+    return settings
 
 
 class _Sums:
