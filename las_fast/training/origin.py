@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -51,3 +52,8 @@ def read_starts(run: Path) -> list[dict]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def run_id(run: Path) -> str:
+    """Return a name of 12 hexadecimal digits that a run keeps when it is resumed: a hash of its first start."""
+    return hashlib.sha256(json.dumps(read_starts(run)[:1]).encode()).hexdigest()[:12]

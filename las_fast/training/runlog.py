@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from las_fast.config import Config, to_yaml
 from las_fast.errors import InputError, show
 from las_fast.files import utf8_path, write_text_atomically
+from las_fast.training.origin import run_id
 from las_fast.tree import to_tree
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def as_code(text: str) -> str:
 
 
 def start_wandb(out: Path, config: Config):
-    """Start a Weights & Biases run: online if there is an API key, else offline in the run folder.
+    """Start a Weights & Biases run, or continue it on resume: online if there is an API key, else in the run folder.
 
     Raises:
         InputError: the package wandb is missing.
@@ -128,4 +129,6 @@ def start_wandb(out: Path, config: Config):
     except ImportError:
         raise InputError("--training.wandb needs the package wandb; run: pip install wandb") from None
     mode = "online" if wandb.api.api_key else "offline"
-    return wandb.init(project="las_fast", dir=str(out), mode=mode, config=to_tree(config), resume="allow")
+    return wandb.init(
+        project="las_fast", id=run_id(out), dir=str(out), mode=mode, config=to_tree(config), resume="allow"
+    )

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from las_fast.errors import InputError
 from las_fast.output.figures import attention_picture
 from las_fast.output.metrics import Scores
 from las_fast.training.monitor import Alignment
+from las_fast.training.origin import write_start
 from las_fast.training.runlog import RunLog, read_rows, replace_non_finite
 from las_fast.training.validate import Sample, Validation
 from las_fast.tree import to_tree
@@ -45,9 +47,15 @@ def test_weights_and_biases_gets_the_settings_and_every_number(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = small(training=replace(small().training, wandb=True))
     log = RunLog(tmp_path, config, 0)
-    assert wandb.began == [
-        {"project": "las_fast", "dir": str(tmp_path), "mode": mode, "config": to_tree(config), "resume": "allow"}
-    ]
+    (began,) = wandb.began
+    assert re.fullmatch("[0-9a-f]{12}", began.pop("id"))
+    assert began == {
+        "project": "las_fast",
+        "dir": str(tmp_path),
+        "mode": mode,
+        "config": to_tree(config),
+        "resume": "allow",
+    }
     log.training(5, 0.5, {"loss": 2.0, "count": 3}, 0.01)
     log.validation(6, 1.0, Validation(1.5, Scores(3, 4.0, 50.0, 60.0), Alignment(0.9, 0.8, 0.78, 0.6, 3), []), "", 0.5)
     first, second = wandb.logged
@@ -56,6 +64,18 @@ def test_weights_and_biases_gets_the_settings_and_every_number(tmp_path, monkeyp
     assert "monitor/audio_gain" not in second[1] and wandb.ended == 0
     log.close()
     assert wandb.ended == 1
+
+
+def test_a_resumed_training_continues_its_run_of_weights_and_biases(tmp_path, monkeypatch):
+    wandb = Wandb(None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = small(training=replace(small().training, wandb=True))
+    for name, step in (("run", 0), ("run", 7), ("other", 0)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_start(tmp_path / name, ["--out", name], step=step, device="cpu")
+        RunLog(tmp_path / name, config, step).close()
+    first, resumed, other = (options["id"] for options in wandb.began)
+    assert first == resumed != other
 
 
 def test_wandb_is_not_started_by_default(tmp_path, monkeypatch):
