@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -300,12 +299,11 @@ def warn_too_fast(name: str, data: SpeechDataset) -> None:
 
 
 def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
-    """Print a warning if transcripts need more frames than the CTC head has.
+    """Print a warning if transcripts need more frames than the CTC head has."""
+    from las_fast.ops.ctc_loss import min_frames
 
-    CTC needs a frame per character, and one between two equal characters in a row.
-    """
     reduction = model.listener.reduction_at(model.ctc_layer)
-    needed = [len(text) + sum(map(eq, text, text[1:])) for text in (text or "" for text in data.texts)]
+    needed = [min_frames(text or "") for text in data.texts]
     available = [-(-count // reduction) for count in data.frame_counts.tolist()]
     too_long = [i for i, count in enumerate(available) if needed[i] > count]
     if too_long:

@@ -12,6 +12,9 @@ equal tokens count as well; this moves those times by less than a frame.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import eq
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -20,6 +23,11 @@ from torch.nn import functional as F
 from las_fast.ops import backends
 from las_fast.ops.masks import padding_mask
 from las_fast.text import BLANK
+
+
+def min_frames(text: Sequence) -> int:
+    """Return how many frames the shortest path has: one per token, and a blank between two equal tokens in a row."""
+    return len(text) + sum(map(eq, text, text[1:]))
 
 
 def ctc_loss(

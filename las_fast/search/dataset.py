@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from operator import eq
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from las_fast.data.batching import Batch, make_loader, sorted_batches
 from las_fast.errors import DoesNotFit, NotFinite, is_out_of_memory
 from las_fast.model.attention import Memory
 from las_fast.ops import NgramModel, ctc_loss
+from las_fast.ops.ctc_loss import min_frames
 from las_fast.progress import Progress
 from las_fast.search.beam import Hypothesis, beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import clear_graphs
@@ -167,9 +167,8 @@ def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
     blanks = torch.log_softmax(memory.ctc_logits.float(), -1)[..., PAD]
     valid = torch.arange(blanks.shape[1], device=device) < lengths[:, None]
     ratios = (-losses - blanks.masked_fill(~valid, 0).sum(1)) / counts
-    repeated = torch.tensor([sum(map(eq, text, text[1:])) for text in texts], device=device)
-    # CTC needs a blank between equal tokens. Where no alignment exists, ctc_loss is 0 instead of infinite.
-    ratios = ratios.masked_fill(counts + repeated > lengths, -math.inf)
+    needed = torch.tensor([min_frames(text) for text in texts], device=device)
+    ratios = ratios.masked_fill(needed > lengths, -math.inf)  # where ctc_loss is 0 instead of infinite
     return [ratio if text else None for ratio, text in zip(ratios.tolist(), texts, strict=True)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from operator import eq
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ from las_fast.config import DataConfig
 from las_fast.data.batching import TRAINING_FRAME_MULTIPLE, make_loader, sorted_batches
 from las_fast.data.features import frame_sizes
 from las_fast.data.splice import WordTable
+from las_fast.ops.ctc_loss import min_frames
 from las_fast.progress import track
 from las_fast.search.confidence import DEFAULT, Calibration, read_calibration
 from las_fast.search.words import TokenEvidence, token_evidence, word_times
@@ -68,8 +68,7 @@ def align_words(
         assert memory.ctc_lengths is not None  # augment.splice needs a CTC head
         lengths = memory.ctc_lengths.tolist()
         for (i, text), tokens, length in zip(texts.items(), evidence, lengths, strict=True):
-            fits = len(text) + sum(map(eq, text, text[1:])) <= length  # equal characters need a blank between them
-            if tokens is not None and fits and text.strip():
+            if tokens is not None and min_frames(text) <= length and text.strip():
                 tokens = TokenEvidence(tokens.times * (model.ctc_time_reduction * shift), tokens.log_probs)
                 found[i] = locate_words(text, tokens, float(counts[i]) * shift, calibration)
     return _table(found, shift)
