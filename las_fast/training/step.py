@@ -44,6 +44,9 @@ class Progress:
 class Diverged(InputError):
     """The training has diverged; its state is not worth saving."""
 
+    def __init__(self, what: str, rate: float):
+        super().__init__(f"{what}; lower --training.learning-rate (now {rate:g}) and start again")
+
 
 class Learner:
     """A model, its optimiser, and the state that an optimiser step reads and changes.
@@ -182,10 +185,8 @@ class Learner:
         """Count skipped steps in a row; raise Diverged at MAX_SKIPPED_STEPS."""
         self.progress.skipped_in_a_row = 0 if taken else self.progress.skipped_in_a_row + 1
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise Diverged(
-                f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite; "
-                f"lower --training.learning-rate (now {self.config.training.learning_rate:g}) and start again"
-            )
+            what = f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite"
+            raise Diverged(what, self.config.training.learning_rate)
 
     def _average(self) -> None:
         """Update averaged = decay * averaged + (1 - decay) * weights; the decay is lower during the first updates."""

@@ -277,16 +277,11 @@ class Trainer(Learner):
         """Raise Diverged, before weights are saved, if the dev loss or all gradients so far are not finite."""
         rate, progress = self.config.training.learning_rate, self.progress
         if not math.isfinite(loss):
+            raise Diverged(f"the dev loss is {loss} after {progress.step} steps: the training has diverged", rate)
+        none_taken = 0 < progress.skipped_in_a_row == progress.step
+        if none_taken and not self.scaler.is_enabled():  # a scaler skips the first steps
             raise Diverged(
-                f"the dev loss is {loss} after {progress.step} steps: the training has diverged; "
-                f"lower --training.learning-rate (now {rate:g}) and start again"
-            )
-        if (
-            0 < progress.skipped_in_a_row == progress.step and not self.scaler.is_enabled()
-        ):  # a scaler skips first steps
-            raise Diverged(
-                f"none of the {progress.step} steps so far had finite gradients, so nothing was learned; "
-                f"lower --training.learning-rate (now {rate:g}) or the weights of the losses and start again"
+                f"none of the {progress.step} steps so far had finite gradients, so nothing was learned", rate
             )
 
     def _save_weights(self, model: nn.Module, info: dict, best: bool) -> None:

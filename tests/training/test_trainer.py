@@ -323,7 +323,7 @@ def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
         (5, None, True, InputError("bad"), 1, True),
         (5, 4, False, InputError("bad"), 0, False),
         (0, None, True, InputError("bad"), 0, False),
-        (5, 4, True, Diverged("worthless"), 0, False),
+        (5, 4, True, Diverged("worthless", 1e-3), 0, False),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
