@@ -48,6 +48,7 @@ class Loaded(NamedTuple):
     statistics: Statistics | None
     path: Path
     info: dict[str, Any]  # from save_model
+    mean: bool = False  # whether the weights are a mean, of the checkpoint at `path` and others
 
 
 def build_model(config: Config) -> LAS:

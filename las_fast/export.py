@@ -4,6 +4,9 @@ In safetensors, weights are stored in float16; decoding still computes in float3
 line become the file's defaults. The calibration of word confidences, if the checkpoint has one, is copied next to the
 file, and so is the checkpoint's language model if the settings use it.
 
+Several checkpoints give the mean of their weights, if they are of one training or began with the same weights. The
+first one's settings and language model are used, and no calibration: fit one on the mean.
+
 In ONNX, --out NAME.onnx names two files: NAME.listener.onnx encodes features, and NAME.speller.onnx takes one step of
 the speller. las_fast/deploy/onnx_greedy.py runs them without PyTorch.
 """
@@ -14,6 +17,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +46,11 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
+        "--checkpoint",
+        required=True,
+        nargs="+",
+        metavar="RUN|FILE|NAME",
+        help="run folder, file or released model; of several, the mean of the weights",
     )
     parser.add_argument("--out", required=True, type=as_file, metavar="FILE", help="file to write")
     parser.add_argument(
@@ -61,11 +69,13 @@ def main(argv: list[str] | None = None) -> None:
 
     def defaults(options: argparse.Namespace) -> DecodingSettings:
         check_suffix(options.out, options.format)
-        from las_fast.checkpoint import load_model
+        from las_fast.average import load_mean
+        from las_fast.checkpoint import find_checkpoint
 
-        loaded.append(load_model(options.checkpoint))
+        inputs = [find_checkpoint(name) for name in options.checkpoint]
+        loaded.append(load_mean(options.checkpoint))
         check_outputs = check_out if options.format == "safetensors" else check_onnx_out
-        check_outputs(options.out, loaded[0].path)
+        check_outputs(options.out, loaded[0], inputs)
         return DecodingSettings(loaded[0].config.decoding)
 
     options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
@@ -88,8 +98,8 @@ def check_suffix(out: Path, kind: str) -> None:
         raise InputError(f"--out {out}: give a name that ends in .onnx")
 
 
-def check_onnx_out(out: Path, checkpoint: Path) -> None:
-    """Raise InputError if the package onnx is missing, or an output would replace an unrelated file."""
+def check_onnx_out(out: Path, loaded: Loaded, inputs: Sequence[Path]) -> None:
+    """Raise InputError if the package onnx is missing, or an output would replace an input or an unrelated file."""
     if importlib.util.find_spec("onnx") is None:
         raise InputError("--format onnx needs the package onnx; run: pip install onnx")
     for path in onnx_paths(out).values():
@@ -97,7 +107,7 @@ def check_onnx_out(out: Path, checkpoint: Path) -> None:
             path,
             "--out",
             what="a model in ONNX",
-            inputs=(checkpoint,),
+            inputs=inputs,
             suffixes=(".onnx",),
             may_replace=is_las_fast_onnx,
         )
@@ -114,8 +124,8 @@ def is_las_fast_onnx(path: Path) -> bool:
         return b"las_fast" in file.read(64)
 
 
-def check_out(out: Path, checkpoint: Path) -> None:
-    """Raise InputError if the output would replace the checkpoint, weights of a training, or an unrelated file.
+def check_out(out: Path, loaded: Loaded, inputs: Sequence[Path]) -> None:
+    """Raise InputError if the output would replace an input, weights of a training, or an unrelated file.
 
     The same holds for the language model and the calibration beside it.
     """
@@ -124,37 +134,47 @@ def check_out(out: Path, checkpoint: Path) -> None:
     prepare_output_file(
         out,
         "--out",
-        inputs=(checkpoint,),
+        inputs=inputs,
         what="a model",
         suffixes=(".safetensors",),
         may_replace=lambda path: safetensors_format(path) == FORMAT,
     )
     if out.name in (BEST, AVERAGED) and (out.parent / LAST).exists():
         raise InputError(f"--out {out} belongs to the training in {out.parent}; give another name")
-    check_companions(out, checkpoint)
+    check_companions(out, loaded)
 
 
-def check_companions(out: Path, checkpoint: Path) -> None:
+def calibration_of(loaded: Loaded) -> Path | None:
+    """Return the file with the calibration of a model; None if it has none, like every mean of checkpoints."""
+    from las_fast.search.confidence import calibration_path_for
+
+    path = calibration_path_for(loaded.path)
+    return path if os.path.isfile(path) and not loaded.mean else None
+
+
+def check_companions(out: Path, loaded: Loaded) -> None:
     """Raise InputError if the language model or the calibration beside the output must not be replaced or used."""
     from las_fast.search.confidence import calibration_path_for, is_calibration
     from las_fast.search.ngram import is_lm
 
+    checkpoint, calibration = loaded.path, calibration_of(loaded)
     if os.path.isfile(lm_path_for(checkpoint)):
         prepare_output_file(
             lm_path_for(out), "--out", what="a language model", inputs=(lm_path_for(checkpoint),), may_replace=is_lm
         )
-    if os.path.isfile(calibration_path_for(checkpoint)):
+    if calibration is not None:
         prepare_output_file(
             calibration_path_for(out),
             "--out",
             what="a calibration",
-            inputs=(calibration_path_for(checkpoint),),
+            inputs=(calibration,),
             may_replace=is_calibration,
         )
     elif os.path.isfile(calibration_path_for(out)):
+        move = f" or, if it was fitted on this model, move it to {calibration_path_for(checkpoint)}"
         raise InputError(
             f"--out {out}: {calibration_path_for(out)} is not of this checkpoint, but would be used with the output; "
-            f"remove it or, if it was fitted on this model, move it to {calibration_path_for(checkpoint)}"
+            f"remove it{'' if loaded.mean else move}"
         )
 
 
@@ -189,11 +209,12 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
     config = check(replace(loaded.config, decoding=settings.decoding))
     weights = {name: to_float16(name, value) for name, value in loaded.model.state_dict().items()}
     save_model(out, weights, config, loaded.statistics, loaded.info)
-    companions = [calibration_path_for] + [lm_path_for] * bool(settings.decoding.ngram_weight)
+    companions = [(calibration_of(loaded), calibration_path_for(out))]
+    if settings.decoding.ngram_weight:
+        companions.append((lm_path_for(loaded.path), lm_path_for(out)))
     written = [out]
-    for path_for in companions:
-        source, target = path_for(loaded.path), path_for(out)
-        if os.path.isfile(source) and source.resolve() != target.resolve():
+    for source, target in companions:
+        if source is not None and os.path.isfile(source) and source.resolve() != target.resolve():
             write_atomically(target, partial(shutil.copyfile, source))
             written.append(target)
     return written
