@@ -53,7 +53,7 @@ class Vocabulary:
         if unknown := self.unknown(text):
             raise InputError(
                 f"transcript {text[:40]!r} has characters outside the vocabulary: {' '.join(map(repr, unknown))}; "
-                f"{remedy(unknown, '--data.normalise-text True')}, or give --data.characters"
+                f"{training_remedy(unknown)}"
             )
         return [self._ids[character] for character in text]
 
@@ -89,6 +89,11 @@ def remedy(unknown: list[str], option: str) -> str:
     if not digits:
         return f"map them with {option}"
     return "write digits as words" + (f" and map the others with {option}" if len(digits) < len(unknown) else "")
+
+
+def training_remedy(unknown: list[str]) -> str:
+    """Return what to do in training about characters outside the vocabulary."""
+    return f"{remedy(unknown, '--data.normalise-text True')}, or give --data.characters"
 
 
 def to_case(text: str, characters: str) -> str:

@@ -24,6 +24,7 @@ from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import Progress, progress
 from las_fast.search.ngram import load_ngram_model, with_default_weight
 from las_fast.system import choose_device, return_freed_memory
+from las_fast.text import remedy
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.checkpoint import Loaded
@@ -54,6 +55,13 @@ def parser() -> Parser:
         "--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest"
     )
     parser.add_argument("--split", default="dev", help="split name (default: dev)")
+    parser.add_argument(
+        "--on-bad",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with utterances that cannot be used; skip: list them and continue (default: error)",
+    )
+    parser.add_argument("--normalise-text", action="store_true", help="map transcripts to the checkpoint's characters")
     parser.add_argument(
         "--lm", metavar="FILE", help="language model, see las_fast.lm (default: the checkpoint's, if any)"
     )
@@ -122,7 +130,7 @@ def is_table(path: Path) -> bool:
 
 
 def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
-    """Load options.split; raise InputError if an utterance has no transcript."""
+    """Load options.split; raise InputError if an utterance is unusable, unless options.on_bad is "skip"."""
     from las_fast.data.dataset import load_dataset
     from las_fast.data.layouts import open_corpus
     from las_fast.decode import check_fits
@@ -131,9 +139,16 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
     check_fits(corpus, loaded)
     config = loaded.config
     splits = corpus.resolve(options.split)
-    data = replace(config.data.without_limits(), cache="")  # the folder of the training may be on another machine
+    normalised = options.normalise_text or config.data.normalise_text
     return load_dataset(
-        corpus, splits, features=config.features, data=data, statistics=loaded.statistics, need_text=True
+        corpus,
+        splits,
+        features=config.features,
+        # the folder of the training's cache may be on another machine
+        data=replace(config.data.without_limits(), cache="", on_bad=options.on_bad, normalise_text=normalised),
+        statistics=loaded.statistics,
+        need_text=True,
+        text_remedy=partial(remedy, option="--normalise-text"),
     )
 
 

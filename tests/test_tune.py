@@ -203,16 +203,41 @@ def test_the_whole_split_is_loaded_with_the_checkpoints_settings(tmp_path):
     manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
     sections = {"data": DataConfig(max_seconds=0.1, normalise_text=True)}
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
-    options = Namespace(data=tmp_path / "data", split="train+dev")
+    options = Namespace(data=tmp_path / "data", split="train+dev", on_bad="error", normalise_text=False)
     dataset = tune.open_split(options, load_model(path))
     assert len(dataset) == 6 and all(text.startswith("A A ") for text in dataset.texts)
+
+
+def test_transcripts_are_mapped_to_the_vocabulary_on_request(tmp_path, workspace, capsys):
+    make_manifest(tmp_path / "data", utterances=2)
+    manifest = tmp_path / "data" / "manifest.tsv"
+    manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
+    command = [*argv(workspace, "--beam", 1), "--data", str(tmp_path / "data")]
+    with pytest.raises(
+        InputError, match="'-' 'a' 'á'; map them with --normalise-text; or leave .* with --on-bad skip$"
+    ):
+        tune.main(command)
+    tune.main([*command, "--normalise-text"])
+    assert "2 utterances of dev" in capsys.readouterr().out
+
+
+def test_bad_utterances_are_left_out_on_request(tmp_path, workspace, capsys):
+    make_manifest(tmp_path / "data", utterances=2)
+    (tmp_path / "data" / "audio" / "dev-1.wav").write_bytes(b"no audio")
+    command = [*argv(workspace, "--beam", 1), "--data", str(tmp_path / "data")]
+    with pytest.raises(InputError, match="dev-1.wav .*; or leave such utterances out with --on-bad skip$"):
+        tune.main(command)
+    tune.main([*command, "--on-bad", "skip"])
+    assert "1 utterances of dev" in capsys.readouterr().out
 
 
 def test_the_cache_of_the_training_is_not_used(tmp_path):
     make_manifest(tmp_path / "data", utterances=1)
     sections = {"data": DataConfig(cache=str(tmp_path / "cache"))}
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
-    tune.open_split(Namespace(data=tmp_path / "data", split="dev"), load_model(path))
+    tune.open_split(
+        Namespace(data=tmp_path / "data", split="dev", on_bad="error", normalise_text=False), load_model(path)
+    )
     assert not (tmp_path / "cache").exists()
 
 

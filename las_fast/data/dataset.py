@@ -21,7 +21,7 @@ from las_fast.data.readers import SKIP_HINT
 from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError, show
 from las_fast.progress import track
-from las_fast.text import DIGITS, Vocabulary, has_lost_digits, normalise_text, remedy
+from las_fast.text import DIGITS, Vocabulary, has_lost_digits, normalise_text, training_remedy
 
 MAX_SHOWN = 10  # skipped utterances that are listed; the rest are counted
 
@@ -136,16 +136,18 @@ def load_dataset(
     data: DataConfig,
     statistics: Statistics | None = None,
     need_text: bool,
+    text_remedy: Callable[[list[str]], str] = training_remedy,
     progress: bool = True,
 ) -> SpeechDataset:
     """Load splits through the feature cache, which is built if needed.
 
     Args:
-        splits:     names, or anything else that corpus.resolve takes.
-        features:   how to compute frames; if the corpus has features, their size must equal features.size.
-        data:       characters, normalise_text, on_bad, max_seconds, hours and cache are used.
-        statistics: of the training data, for normalisation "global"; None: compute them from these splits.
-        need_text:  require a transcript within the vocabulary for every utterance; apply max_seconds and hours.
+        splits:      names, or anything else that corpus.resolve takes.
+        features:    how to compute frames; if the corpus has features, their size must equal features.size.
+        data:        characters, normalise_text, on_bad, max_seconds, hours and cache are used.
+        statistics:  of the training data, for normalisation "global"; None: compute them from these splits.
+        need_text:   require a transcript within the vocabulary for every utterance; apply max_seconds and hours.
+        text_remedy: returns what to do about characters outside the vocabulary, for the error.
 
     Raises:
         InputError: an utterance is bad and data.on_bad is "error" (the message names its file), no utterance is left,
@@ -155,7 +157,7 @@ def load_dataset(
     if not splits:
         raise InputError(f"{corpus.root}: expected at least one split; it has {', '.join(corpus.splits)}")
     splits = tuple(dict.fromkeys(name for split in splits for name in corpus.resolve(split)))
-    check = _TextCheck(Vocabulary(data.characters), data.normalise_text, need_text)
+    check = _TextCheck(Vocabulary(data.characters), data.normalise_text, need_text, text_remedy)
     parts, skipped, listings = [], [], []
     for split in splits:
         listings.append(corpus.utterances(split))
@@ -197,6 +199,7 @@ class _TextCheck:
     vocabulary: Vocabulary
     normalise: bool
     needed: bool  # whether an utterance with a bad transcript is unusable
+    remedy: Callable[[list[str]], str]  # what to do about characters outside the vocabulary
 
     def text(self, text: str | None) -> str | None:
         """Normalise a transcript for training or scoring; None if there is no text to score against."""
@@ -222,8 +225,7 @@ class _TextCheck:
         if unknown := self.vocabulary.unknown(text):
             return (
                 f"{source}: transcript {text[:40]!r} has characters outside the vocabulary: "
-                f"{' '.join(map(repr, unknown))}; {remedy(unknown, '--data.normalise-text True')}, "
-                "or give --data.characters"
+                f"{' '.join(map(repr, unknown))}; {self.remedy(unknown)}"
             )
         return ""
 

@@ -20,7 +20,7 @@ from las_fast.data.layouts import open_corpus
 from las_fast.data.normalisation import Statistics, _safe_std, normalise
 from las_fast.data.overlap import count_overlapping, count_shared_recordings
 from las_fast.errors import InputError
-from las_fast.text import Vocabulary
+from las_fast.text import Vocabulary, training_remedy
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_deviations_of_a_millionth_are_treated_as_rounding(mean, std, constant):
 
 
 def checked(text, *, normalise=False, needed=True, transcript=None):
-    check = _TextCheck(Vocabulary(), normalise, needed)
+    check = _TextCheck(Vocabulary(), normalise, needed, training_remedy)
     utterance = Utterance("x", Path("x.wav"), transcript)
     return check(utterance, text), check.text(text)
 
