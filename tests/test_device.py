@@ -30,7 +30,7 @@ from las_fast.model.las import LAS
 from las_fast.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKED = ("soundfile", "soxr", "Levenshtein", "tyro")
+BLOCKED = ("soundfile", "soxr", "Levenshtein", "tyro", "matplotlib")
 
 
 @pytest.fixture

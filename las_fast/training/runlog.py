@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.image import imread
-
 from las_fast.config import Config, to_yaml
 from las_fast.errors import InputError, show
 from las_fast.files import utf8_path, write_text_atomically
@@ -56,6 +54,8 @@ class RunLog:
 
     def _show_sample(self, sample: Sample, step: int) -> None:
         """Add the text and the attention of a dev utterance to TensorBoard."""
+        from matplotlib.image import imread
+
         name = show(sample.id)
         texts = f"reference\n{sample.reference}\n\nhypothesis\n{sample.hypothesis}"
         self.board.add_text(f"dev/{name}", as_code(texts), step)
