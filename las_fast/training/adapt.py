@@ -50,12 +50,14 @@ def check_packages(config: Config) -> None:
 def fit_restarts(config: Config, user_set: Collection[str]) -> Config:
     """Drop the preset's restarts at or after the last epoch, if the user has set the epochs but not the restarts.
 
-    user_set: names of the settings that the user has set.
+    What is dropped is printed. user_set: names of the settings that the user has set.
     """
     training = config.training
     if "training.epochs" not in user_set or "training.restarts" in user_set:
         return config
     restarts = tuple(epoch for epoch in training.restarts if epoch < training.epochs)
+    if dropped := training.restarts[len(restarts) :]:
+        print(f"restarts: none at epoch {', '.join(f'{epoch:g}' for epoch in dropped)}, after the end of the training")
     return replace(config, training=replace(training, restarts=restarts))
 
 
