@@ -32,7 +32,7 @@ def token_times(*inputs, backend):
     return [ops.ctc_token_times(*inputs, backend=backend)]
 
 
-TASKS = {"ctc loss and gradient": loss_and_gradient, "ctc places": token_times}
+TASKS = {"ctc loss and gradient": loss_and_gradient, "ctc token times": token_times}
 
 
 @pytest.mark.parametrize("what", TASKS)
