@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         loaded = load_model(options.checkpoint)
         for threshold in options.thresholds:
             check_decoding(loaded.config, replace(loaded.config.decoding, beam_threshold=threshold))
-        dataset = open_split(options, loaded)
+        dataset = open_split(options.data, options.split, loaded)
         labels = (*context(), loaded.path.stem, Path(options.data).resolve().name, options.split)
         new_rows = [(*labels, *row) for row in measure(loaded, dataset, options.thresholds, options)]
     if options.record:

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         check_decoding(loaded.config, decoding)
     for lm in options.lm:
         find_lm(lm, loaded.path)  # ends before the work if there is none
-    dataset, corpus = open_split(options, loaded), open_corpus(options.data)
+    dataset, corpus = open_split(options.data, options.split, loaded), open_corpus(options.data)
     groups = parts(dataset.ids, corpus.root, corpus.resolve(options.split), options.by)
     labels = (*context()[:2], loaded.path.stem, Path(options.data).resolve().name, options.split)
     for lm in options.lm:

@@ -56,8 +56,7 @@ def measure(name: str, options: argparse.Namespace) -> list[tuple]:
     labels = (Path(name).name, Path(options.data).resolve().name, f"{training_hours(loaded, corpus):.3g}")
     decoding = loaded.config.decoding
     ways = {"greedy": replace(decoding.attention_only(), beam=1), "beam and CTC": decoding}
-    options.split = "dev"
-    dataset = open_split(options, loaded)
+    dataset = open_split(options.data, "dev", loaded)
     ngram = load_ngram_model(None, decoding, loaded, "cpu")
     rows = []
     for way, texts in zip(ways, decode_grid(loaded, dataset, list(ways.values()), ngram, "cpu"), strict=True):

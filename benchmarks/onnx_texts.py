@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     torch.set_num_threads(1)
     loaded = load_model(options.checkpoint)
-    dataset = open_split(options, loaded)
+    dataset = open_split(options.data, options.split, loaded)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "model.onnx")
         export_onnx(loaded, DecodingSettings(replace(loaded.config.decoding, beam=1)), out)

@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "cpp"), help="backend of the search")
     options = parser.parse_args(argv)
     entries, ways = prepare(options)
-    datasets = [open_split(options, entry.loaded) for entry in entries]
+    datasets = [open_split(options.data, options.split, entry.loaded) for entry in entries]
     check_utterances(entries, datasets)
     warn_of_other_texts(entries, datasets)
     corpus = open_corpus(options.data)

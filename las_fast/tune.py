@@ -14,7 +14,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from las_fast.cli import require_stdout, run
 from las_fast.config import DecodingConfig, check_decoding
@@ -110,7 +110,9 @@ def main(argv: list[str] | None = None) -> None:
         check_decoding(loaded.config, point)
     heaviest = max(settings, key=lambda point: point.ngram_weight)
     ngram = load_ngram_model(options.lm, heaviest, loaded, device)
-    dataset = open_split(options, loaded)
+    dataset = open_split(
+        options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text
+    )
     texts = decode_grid(loaded, dataset, settings, ngram, device)
     order, rows = rank(names, settings, [text or "" for text in dataset.texts], texts)
     print(f"{len(dataset)} utterances of {options.split}\n" + "\n".join("".join(map("{:>16}".format, r)) for r in rows))
@@ -129,23 +131,41 @@ def is_table(path: Path) -> bool:
     return first_line(path).endswith("cer,wer,ld")
 
 
-def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
-    """Load options.split; raise InputError if an utterance is unusable, unless options.on_bad is "skip"."""
+def open_split(
+    data: str | Path,
+    split: str,
+    loaded: Loaded,
+    *,
+    on_bad: Literal["error", "skip"] = "error",
+    normalise_text: bool = False,
+) -> SpeechDataset:
+    """Load a whole split with the features and the vocabulary of a checkpoint, for scoring.
+
+    Args:
+        data:           archive, corpus folder or manifest.
+        on_bad:         what to do with an utterance that cannot be used, or has no transcript.
+        normalise_text: map transcripts to the vocabulary, even if the training did not.
+
+    Raises:
+        InputError: the features do not fit the checkpoint, or an utterance is bad and on_bad is "error".
+    """
     from las_fast.data.dataset import load_dataset
     from las_fast.data.layouts import open_corpus
     from las_fast.decode import check_fits
 
-    corpus = open_corpus(options.data)
+    corpus = open_corpus(data)
     check_fits(corpus, loaded)
     config = loaded.config
-    splits = corpus.resolve(options.split)
-    normalised = options.normalise_text or config.data.normalise_text
     return load_dataset(
         corpus,
-        splits,
+        corpus.resolve(split),
         features=config.features,
-        # the folder of the training's cache may be on another machine
-        data=replace(config.data.without_limits(), cache="", on_bad=options.on_bad, normalise_text=normalised),
+        data=replace(
+            config.data.without_limits(),
+            cache="",  # the folder of the training may be on another machine
+            on_bad=on_bad,
+            normalise_text=normalise_text or config.data.normalise_text,
+        ),
         statistics=loaded.statistics,
         need_text=True,
         text_remedy=partial(remedy, option="--normalise-text"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,7 +63,7 @@ def test_a_readme_has_the_size_and_score_of_a_released_model(name, page):
 
 def dev_of(name, shared):
     loaded = load_model(name)
-    return loaded, open_split(SimpleNamespace(data=shared / MODELS[name], split="dev"), loaded)
+    return loaded, open_split(shared / MODELS[name], "dev", loaded)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -203,8 +203,7 @@ def test_the_whole_split_is_loaded_with_the_checkpoints_settings(tmp_path):
     manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
     sections = {"data": DataConfig(max_seconds=0.1, normalise_text=True)}
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
-    options = Namespace(data=tmp_path / "data", split="train+dev", on_bad="error", normalise_text=False)
-    dataset = tune.open_split(options, load_model(path))
+    dataset = tune.open_split(tmp_path / "data", "train+dev", load_model(path))
     assert len(dataset) == 6 and all(text.startswith("A A ") for text in dataset.texts)
 
 
@@ -235,9 +234,7 @@ def test_the_cache_of_the_training_is_not_used(tmp_path):
     make_manifest(tmp_path / "data", utterances=1)
     sections = {"data": DataConfig(cache=str(tmp_path / "cache"))}
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
-    tune.open_split(
-        Namespace(data=tmp_path / "data", split="dev", on_bad="error", normalise_text=False), load_model(path)
-    )
+    tune.open_split(tmp_path / "data", "dev", load_model(path))
     assert not (tmp_path / "cache").exists()
 
 
