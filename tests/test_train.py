@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -630,6 +631,20 @@ def test_wandb_without_the_package_says_how_to_install_it(archive, tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install wandb"):
         train.main(arguments(archive, tmp_path, training__wandb=True))
+
+
+def test_a_resumed_training_continues_its_wandb_run(archive, tmp_path, monkeypatch):
+    ids, wandb = [], ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    wandb.api, wandb.log, wandb.finish = SimpleNamespace(api_key=None), lambda scalars, step: None, lambda: None
+    wandb.init = lambda **options: ids.append(options["id"]) or wandb
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    once = {"training__wandb": True, "training__epochs": 1}
+    for out in ("run", "other"):
+        train.main(arguments(archive, tmp_path / out, **once))
+    longer = once | {"training__epochs": 2, "training__restarts": 1}
+    train.main(arguments(archive, tmp_path / "run", "--resume", **longer))
+    assert ids[0] == ids[2] != ids[1] and all(ids)
 
 
 def test_wrong_feature_size_ends_before_anything_is_trained(archive, tmp_path):

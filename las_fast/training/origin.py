@@ -54,6 +54,10 @@ def read_starts(run: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def run_id(run: Path) -> str:
-    """Return a name of 12 hexadecimal digits that a run keeps when it is resumed: a hash of its first start."""
-    return hashlib.sha256(json.dumps(read_starts(run)[:1]).encode()).hexdigest()[:12]
+def run_id(run: Path) -> str | None:
+    """Return 12 hexadecimal digits that a training keeps when it is resumed: a hash of the start at its step 0.
+
+    None if starts.jsonl has no such start.
+    """
+    fresh = [row for row in read_starts(run) if row.get("step") == 0]  # more than one if the first saved nothing
+    return hashlib.sha256(json.dumps(fresh[-1]).encode()).hexdigest()[:12] if fresh else None
