@@ -236,8 +236,8 @@ def test_a_dev_set_that_was_trained_on_is_warned_of(loaded, capsys, shared, divi
         (InputError("bad"), 7, "stopped; step 7 is saved. To continue: python -m las_fast.train a --resume"),
         (OSError(5, "bad"), 7, "stopped; step 7 is saved. To continue: python -m las_fast.train a --resume"),
         (InputError("bad"), None, ""),
-        (Diverged("bad", 1e-3), 7, ""),
-        (Diverged("bad", 1e-3), None, ""),
+        (Diverged("bad"), 7, ""),
+        (Diverged("bad"), None, ""),
     ],
 )
 def test_a_training_that_ends_early_prints_how_to_resume_if_possible(monkeypatch, capsys, error, saved_step, message):

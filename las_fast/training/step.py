@@ -44,8 +44,10 @@ class Progress:
 class Diverged(InputError):
     """The training has diverged; its state is not worth saving."""
 
-    def __init__(self, what: str, rate: float):
-        super().__init__(f"{what}; lower --training.learning-rate (now {rate:g}) and start again")
+
+def lower_rate(config: Config) -> str:
+    """Return what to do about a training that has diverged."""
+    return f"lower --training.learning-rate (now {config.training.learning_rate:g}) and start again"
 
 
 class Learner:
@@ -185,8 +187,9 @@ class Learner:
         """Count skipped steps in a row; raise Diverged at MAX_SKIPPED_STEPS."""
         self.progress.skipped_in_a_row = 0 if taken else self.progress.skipped_in_a_row + 1
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            what = f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite"
-            raise Diverged(what, self.config.training.learning_rate)
+            raise Diverged(
+                f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite; {lower_rate(self.config)}"
+            )
 
     def _average(self) -> None:
         """Update averaged = decay * averaged + (1 - decay) * weights; the decay is lower during the first updates."""

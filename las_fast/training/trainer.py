@@ -33,7 +33,7 @@ from las_fast.training.resume import BATCH_SIZES, check_same_settings, fingerpri
 from las_fast.training.runlog import RunLog
 from las_fast.training.schedules import Plateau
 from las_fast.training.signals import StopSignals
-from las_fast.training.step import Diverged, Learner, Progress
+from las_fast.training.step import Diverged, Learner, Progress, lower_rate
 from las_fast.training.validate import Validation, validate
 from las_fast.tree import to_tree
 
@@ -275,13 +275,20 @@ class Trainer(Learner):
 
     def _check_diverged(self, loss: float) -> None:
         """Raise Diverged, before weights are saved, if the dev loss or all gradients so far are not finite."""
-        rate, progress = self.config.training.learning_rate, self.progress
+        progress = self.progress
+        if not math.isfinite(loss) and not progress.step:  # training.validate_first
+            raise Diverged(f"the model of --init has a dev loss of {loss}; give another checkpoint")
         if not math.isfinite(loss):
-            raise Diverged(f"the dev loss is {loss} after {progress.step} steps: the training has diverged", rate)
+            raise Diverged(
+                f"the dev loss is {loss} after {progress.step} steps: the training has diverged; "
+                f"{lower_rate(self.config)}"
+            )
         none_taken = 0 < progress.skipped_in_a_row == progress.step
         if none_taken and not self.scaler.is_enabled():  # a scaler skips the first steps
             raise Diverged(
-                f"none of the {progress.step} steps so far had finite gradients, so nothing was learned", rate
+                f"none of the {progress.step} steps so far had finite gradients, so nothing was learned; "
+                "lower the weights of the losses, such as --training.ctc-weight, or give --training.precision fp32, "
+                "and start again"
             )
 
     def _save_weights(self, model: nn.Module, info: dict, best: bool) -> None:

@@ -209,6 +209,12 @@ def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
     )
 
 
+def test_a_dev_loss_that_is_not_finite_before_the_first_step_is_the_fault_of_the_initial_model():
+    trainer = bare_trainer(scaler=SimpleNamespace(is_enabled=lambda: False))
+    with pytest.raises(Diverged, match="the model of --init has a dev loss of nan; give another checkpoint"):
+        trainer._check_diverged(math.nan)
+
+
 @pytest.mark.parametrize(
     ("loss", "skipped", "scaled", "sentence"),
     [
@@ -218,7 +224,7 @@ def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
             1.0,
             6,
             False,
-            "none of the 6 steps so far had finite gradients, .* lower --training.learning-rate .now 0.001",
+            "none of the 6 steps so far had finite gradients, .* lower the weights of the losses",
         ),
         (1.0, 6, True, None),  # half precision skips the first steps
         (math.nan, 0, False, "the dev loss is nan after 6 steps: .* lower --training.learning-rate .now 0.001"),
@@ -323,7 +329,7 @@ def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
         (5, None, True, InputError("bad"), 1, True),
         (5, 4, False, InputError("bad"), 0, False),
         (0, None, True, InputError("bad"), 0, False),
-        (5, 4, True, Diverged("worthless", 1e-3), 0, False),
+        (5, 4, True, Diverged("worthless"), 0, False),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
