@@ -57,7 +57,7 @@ def fit_restarts(config: Config, user_set: Collection[str]) -> Config:
         return config
     restarts = tuple(epoch for epoch in training.restarts if epoch < training.epochs)
     if dropped := training.restarts[len(restarts) :]:
-        print(f"restarts: none at epoch {', '.join(f'{epoch:g}' for epoch in dropped)}, after the end of the training")
+        print(f"restarts: none at epoch {', '.join(map(str, dropped))}, because the training ends at {training.epochs}")
     return replace(config, training=replace(training, restarts=restarts))
 
 

@@ -152,12 +152,18 @@ def test_a_file_over_a_base_changes_only_what_it_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "restarts"),
-    [(["60"], (40,)), (["41"], (40,)), (["40"], ()), (["3"], ()), (["3", "--training.restarts", "1", "2"], (1, 2))],
+    ("argv", "restarts", "printed"),
+    [
+        (["60"], (40,), ""),
+        (["41"], (40,), ""),
+        (["40"], (), "restarts: none at epoch 40, because the training ends at 40\n"),
+        (["3"], (), "restarts: none at epoch 40, because the training ends at 3\n"),
+        (["3", "--training.restarts", "1", "2"], (1, 2), ""),
+    ],
 )
-def test_fewer_epochs_drop_the_restarts_of_a_preset(argv, restarts):
+def test_fewer_epochs_drop_the_restarts_of_a_preset(argv, restarts, printed, capsys):
     _, config = train.parse(arguments("speech13h", "here", "run", "--training.epochs", *argv))
-    assert config.training.restarts == restarts
+    assert config.training.restarts == restarts and capsys.readouterr().out == printed
 
 
 def test_restarts_that_were_given_past_the_end_are_an_error():
