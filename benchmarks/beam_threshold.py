@@ -39,7 +39,7 @@ from las_fast.search.dataset import batches_to_decode, listen
 from las_fast.search.ngram import load_ngram_model
 from las_fast.search.steps import Search
 from las_fast.text import EOS
-from las_fast.tune import open_split
+from las_fast.tune import add_utterance_options, open_split
 
 FILE = RESULTS / "beam_threshold.csv"
 PICTURE = RESULTS / "plots" / "beam-threshold.png"
@@ -198,6 +198,7 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.beam_threshold", description=__doc__.split("\n")[0])
     add_split_options(parser, FILE, required=False)
+    add_utterance_options(parser)
     parser.add_argument("--lm", help="language model (default: the checkpoint's, if it has one)")
     parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS, metavar="X",
                         help=f"nats (default: {' '.join(f'{t:g}' for t in THRESHOLDS)})")  # fmt: skip
@@ -221,7 +222,9 @@ def main(argv: list[str] | None = None) -> None:
         loaded = load_model(options.checkpoint)
         for threshold in options.thresholds:
             check_decoding(loaded.config, replace(loaded.config.decoding, beam_threshold=threshold))
-        dataset = open_split(options.data, options.split, loaded)
+        dataset = open_split(
+            options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text
+        )
         labels = (*context(), loaded.path.stem, Path(options.data).resolve().name, options.split)
         new_rows = [(*labels, *row) for row in measure(loaded, dataset, options.thresholds, options)]
     if options.record:

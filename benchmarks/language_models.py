@@ -28,7 +28,7 @@ from las_fast.ops import NgramModel, ngram_scores, ngram_start
 from las_fast.output.metrics import score
 from las_fast.search.ngram import find_lm, load_lm, load_ngram_model
 from las_fast.text import EOS, Vocabulary
-from las_fast.tune import decode_grid, open_split
+from las_fast.tune import add_utterance_options, decode_grid, open_split
 
 FILE = RESULTS / "language_models.csv"
 COLUMNS = ("date", "commit", "checkpoint", "data", "split", "lm", "order", "ngrams", "file_mb", "memory_mb", "bits",
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.language_models", description=__doc__.split("\n")[0])
     add_split_options(parser, FILE)
+    add_utterance_options(parser)
     parser.add_argument("--lm", nargs="+", required=True, help="language models: files or released names")
     parser.add_argument("--ngram-weight", nargs="+", type=float, required=True, help="weights in the search")
     parser.add_argument("--by", default="", help="manifest column to divide the split by")
@@ -85,7 +86,10 @@ def main(argv: list[str] | None = None) -> None:
         check_decoding(loaded.config, decoding)
     for lm in options.lm:
         find_lm(lm, loaded.path)  # ends before the work if there is none
-    dataset, corpus = open_split(options.data, options.split, loaded), open_corpus(options.data)
+    dataset = open_split(
+        options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text
+    )
+    corpus = open_corpus(options.data)
     groups = parts(dataset.ids, corpus.root, corpus.resolve(options.split), options.by)
     labels = (*context()[:2], loaded.path.stem, Path(options.data).resolve().name, options.split)
     for lm in options.lm:

@@ -28,7 +28,7 @@ from las_fast.model.attention import Memory
 from las_fast.options import Parser, as_path
 from las_fast.search.beam import greedy_search
 from las_fast.text import EOS, SOS
-from las_fast.tune import open_split
+from las_fast.tune import add_utterance_options, open_split
 
 
 def parser() -> Parser:
@@ -36,6 +36,7 @@ def parser() -> Parser:
     parser.add_argument("--checkpoint", required=True, help="run folder, file or released model")
     parser.add_argument("--data", required=True, type=as_path, help="data as in decode")
     parser.add_argument("--split", default="dev", help="(default: dev)")
+    add_utterance_options(parser)
     return parser
 
 
@@ -44,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     torch.set_num_threads(1)
     loaded = load_model(options.checkpoint)
-    dataset = open_split(options.data, options.split, loaded)
+    dataset = open_split(
+        options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text
+    )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "model.onnx")
         export_onnx(loaded, DecodingSettings(replace(loaded.config.decoding, beam=1)), out)

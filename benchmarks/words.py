@@ -46,10 +46,8 @@ from las_fast.cli import run
 from las_fast.config import FeatureConfig
 from las_fast.data.audio import load_utterance
 from las_fast.data.corpus import Utterance
-from las_fast.data.dataset import load_dataset
 from las_fast.data.espeak import Synthesiser
 from las_fast.data.features import compute_features, frame_sizes, logmel_config
-from las_fast.data.layouts import open_corpus
 from las_fast.data.silence import band_energy, true_runs
 from las_fast.data.spoken import plan
 from las_fast.data.texts import read_texts
@@ -65,6 +63,7 @@ from las_fast.search.confidence import (
     is_calibration,
     read_calibration,
 )
+from las_fast.tune import add_utterance_options, open_split
 
 FILE = RESULTS / "words.csv"
 COLUMNS = (*CONTEXT, "checkpoint", "measure", "data", "search", "words", "right", "median_ms", "p90_ms", "ece", "auc",
@@ -285,12 +284,10 @@ def decode_words(model: Recogniser, options: argparse.Namespace, beam: int | Non
     """Decode the split, and compare the words of the best hypotheses with the references.
 
     Raises:
-        InputError: no hypothesis has a word, besides the errors of load_dataset.
+        InputError: no hypothesis has a word, besides the errors of open_split.
     """
     loaded = model.loaded
-    corpus = open_corpus(options.data)
-    data = load_dataset(corpus, corpus.resolve(options.split), features=loaded.config.features,
-                        data=loaded.config.data, statistics=loaded.statistics, need_text=True)  # fmt: skip
+    data = open_split(options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text)
     results = model.decode_dataset(data, model.decoder(model.settings(beam=beam)), words=True)
     values, right, utterance, disorder = [], [], [], 0
     for i, (best, *_) in enumerate(results):
@@ -520,6 +517,7 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("command", choices=("times", "confidence", "cross", "fit"))
     add_split_options(parser, FILE)
+    add_utterance_options(parser)
     add_every_option(parser, only="times")
     add = parser.add_argument
     add("--out", metavar="FILE", help="fit: calibration to write")

@@ -55,13 +55,7 @@ def parser() -> Parser:
         "--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest"
     )
     parser.add_argument("--split", default="dev", help="split name (default: dev)")
-    parser.add_argument(
-        "--on-bad",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with utterances that cannot be used; skip: list them and continue (default: error)",
-    )
-    parser.add_argument("--normalise-text", action="store_true", help="map transcripts to the checkpoint's characters")
+    add_utterance_options(parser)
     parser.add_argument(
         "--lm", metavar="FILE", help="language model, see las_fast.lm (default: the checkpoint's, if any)"
     )
@@ -73,6 +67,16 @@ def parser() -> Parser:
             f"--{name.replace('_', '-')}", type=number, nargs="+", help="values to try (default: the checkpoint's)"
         )
     return parser
+
+
+def add_utterance_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command with open_split: --on-bad and --normalise-text."""
+    parser.add_argument(
+        "--on-bad",
+        choices=("error", "skip"),
+        help="what to do with utterances that cannot be used; skip: list them and continue (default: as in training)",
+    )
+    parser.add_argument("--normalise-text", action="store_true", help="map transcripts to the checkpoint's characters")
 
 
 def grid(options: argparse.Namespace, names: list[str], start: DecodingConfig) -> list[DecodingConfig]:
@@ -136,18 +140,19 @@ def open_split(
     split: str,
     loaded: Loaded,
     *,
-    on_bad: Literal["error", "skip"] = "error",
-    normalise_text: bool = False,
+    on_bad: Literal["error", "skip"] | None,
+    normalise_text: bool,
 ) -> SpeechDataset:
     """Load a whole split with the features and the vocabulary of a checkpoint, for scoring.
 
     Args:
         data:           archive, corpus folder or manifest.
-        on_bad:         what to do with an utterance that cannot be used, or has no transcript.
-        normalise_text: map transcripts to the vocabulary, even if the training did not.
+        on_bad:         what to do with an utterance that cannot be used, or has no transcript; None: as in training.
+        normalise_text: map transcripts to the vocabulary, even if the training did not. This and on_bad are the
+                        options of add_utterance_options, which errors name.
 
     Raises:
-        InputError: the features do not fit the checkpoint, or an utterance is bad and on_bad is "error".
+        InputError: the features do not fit the checkpoint, or an utterance is bad and not to be skipped.
     """
     from las_fast.data.dataset import load_dataset
     from las_fast.data.layouts import open_corpus
@@ -163,7 +168,7 @@ def open_split(
         data=replace(
             config.data.without_limits(),
             cache="",  # the folder of the training may be on another machine
-            on_bad=on_bad,
+            on_bad=on_bad or config.data.on_bad,
             normalise_text=normalise_text or config.data.normalise_text,
         ),
         statistics=loaded.statistics,

@@ -172,7 +172,7 @@ def test_without_stdout_the_table_needs_a_file(workspace, ranking, monkeypatch, 
 
 
 def test_every_setting_of_the_grid_is_checked_before_decoding(workspace, monkeypatch):
-    monkeypatch.setattr(tune, "open_split", lambda *_: pytest.fail("the settings were not checked"))
+    monkeypatch.setattr(tune, "open_split", lambda *_, **__: pytest.fail("the settings were not checked"))
     with pytest.raises(InputError, match="decoding.ctc_weight must be"):
         tune.main(argv(workspace, "--ctc-weight", 0.5, 1.5))
 
@@ -203,7 +203,7 @@ def test_the_whole_split_is_loaded_with_the_checkpoints_settings(tmp_path):
     manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
     sections = {"data": DataConfig(max_seconds=0.1, normalise_text=True)}
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
-    dataset = tune.open_split(tmp_path / "data", "train+dev", load_model(path))
+    dataset = tune.open_split(tmp_path / "data", "train+dev", load_model(path), on_bad=None, normalise_text=False)
     assert len(dataset) == 6 and all(text.startswith("A A ") for text in dataset.texts)
 
 
@@ -234,7 +234,7 @@ def test_the_cache_of_the_training_is_not_used(tmp_path):
     make_manifest(tmp_path / "data", utterances=1)
     sections = {"data": DataConfig(cache=str(tmp_path / "cache"))}
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
-    tune.open_split(tmp_path / "data", "dev", load_model(path))
+    tune.open_split(tmp_path / "data", "dev", load_model(path), on_bad=None, normalise_text=False)
     assert not (tmp_path / "cache").exists()
 
 
