@@ -1,7 +1,7 @@
 """The mean of the weights of several checkpoints (Wortsman et al. 2022, "Model soups").
 
-It suits checkpoints of one training, and trainings that began with the same weights. Elsewhere it gives noise, because
-the units of two trainings from random weights have nothing in common.
+It suits checkpoints of one training, and of trainings that began with the same weights, or one with the other's.
+Elsewhere it gives noise, because the units of two trainings from random weights have nothing in common.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _check_alike(first: Loaded, other: Loaded) -> None:
     for name, value in expected.items():
         if got[name] != value:
             raise InputError(
-                f"{other.path} has {name} = {got[name]}, and {first.path} has {value}; average models of one "
+                f"{other.path} has {name} = {got[name]!r}, and {first.path} has {value!r}; average models of one "
                 "architecture with the same features and characters"
             )
     if not _same_statistics(first, other):

@@ -49,6 +49,7 @@ def parser() -> Parser:
         "--checkpoint",
         required=True,
         nargs="+",
+        action="extend",
         metavar="RUN|FILE|NAME",
         help="run folder, file or released model; of several, the mean of the weights",
     )
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         from las_fast.checkpoint import find_checkpoint
 
         inputs = [find_checkpoint(name) for name in options.checkpoint]
-        loaded.append(load_mean(options.checkpoint))
+        loaded.append(load_mean(inputs))
         check_outputs = check_out if options.format == "safetensors" else check_onnx_out
         check_outputs(options.out, loaded[0], inputs)
         return DecodingSettings(loaded[0].config.decoding)

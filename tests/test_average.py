@@ -63,7 +63,7 @@ STATISTICS = Statistics(torch.zeros(28), torch.ones(28))
         ({"model": replace(MODEL, listener=replace(LISTENER, lstm_size=6))}, "has model.listener.lstm_size = 6, and"),
         ({"model": replace(MODEL, ctc_layer=0)}, r"has model.ctc_layer = 0, and .*one.safetensors has -1; average"),
         ({"features": FeatureConfig(size=28, trim_silence=False)}, "has features.trim_silence = False, and"),
-        ({"data": DataConfig(characters="ABC")}, "has data.characters = ABC, and"),
+        ({"data": DataConfig(characters="ABC")}, "has data.characters = 'ABC', and"),
         ({"statistics": STATISTICS}, "normalises features by other statistics than .*one.safetensors; average"),
     ],
 )
