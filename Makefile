@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EDITABLE := $(VENV)/.editable
 PYTEST_ARGS ?=
 AN4 ?=
 
@@ -40,15 +41,18 @@ wheel: build
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 	@ls dist/*.whl
 
-# Without a compiler, setup.py prints one line and succeeds; the reference paths are used. The editable installation
-# makes las_fast work outside this folder, too.
+# Without a compiler, setup.py prints one line and succeeds; the reference paths are used.
 build: $(STAMP)
 	@echo "== C++ extension"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext > $(VENV)/build.log 2>&1 || \
 	    { cat $(VENV)/build.log; exit 1; }
 	@grep "^las_fast:" $(VENV)/build.log || true
-	@test -x $(BIN)/las-fast || $(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation \
-	    -C extension=skip -e .
+	@$(MAKE) -s $(EDITABLE)
+
+# The editable installation makes las_fast work outside this folder, too.
+$(EDITABLE): build_backend.py pyproject.toml
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -C extension=skip -e .
+	@touch $@
 
 $(STAMP): requirements.txt
 	@echo "== environment in $(VENV)"

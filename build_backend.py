@@ -58,8 +58,14 @@ def prepare_metadata_for_build_editable(metadata_directory, config_settings=None
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    """Build an editable wheel that puts this folder on sys.path, unless -C editable_mode says otherwise.
+
+    By default setuptools installs an import hook, which Python asks last: in the folder that contains a clone,
+    `import las_fast` would find the clone, which has no __init__.py, as a namespace package before the hook.
+    """
     _configure(config_settings)
-    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+    settings = {"editable_mode": "compat", **(config_settings or {})}
+    return build_meta.build_editable(wheel_directory, settings, metadata_directory)
 
 
 def _configure(config_settings) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -193,6 +194,20 @@ def test_an_extension_pins_the_minor_version_of_torch_that_compiled_it():
     expected = [line if not line.startswith("torch") else "torch==2.13.*" for line in DEPENDENCIES]
     assert backend("print(b.runtime_dependencies('2.13.1+cu129'))") == (str(expected), "")
     assert backend("print(b.runtime_dependencies(None))") == (str(DEPENDENCIES), "")
+
+
+def test_an_editable_installation_works_where_the_clone_lies(source, tmp_path):
+    """There Python finds the clone's folder, which is named las_fast and is no package, before any import hook."""
+    clone, environment = source.rename(tmp_path / "las_fast"), tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (packages,) = environment.glob("lib/*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))  # torch and setuptools, without a download
+    python = str(environment / "bin" / "python")
+    command = [sys.executable, "-m", "pip", "-q", "--python", python, "install", "--no-index", "--no-deps"]
+    subprocess.run([*command, "--no-build-isolation", "-C", "extension=skip", "-e", str(clone)], check=True)
+    code = "import las_fast; print(las_fast.__file__)"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(clone / "las_fast" / "__init__.py"), done.stderr
 
 
 @pytest.fixture(scope="module")
