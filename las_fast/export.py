@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_suffix(out: Path, kind: str) -> None:
-    """Raise InputError if the output has the suffix of the other format, or lacks that of ONNX."""
+    """Raise InputError if the output has not the suffix of its format."""
     suffix = out.suffix.lower()
     for other in FORMATS:
         if other != kind and suffix == f".{other}":
@@ -95,8 +95,8 @@ def check_suffix(out: Path, kind: str) -> None:
                 f"--out {out} has the suffix of {other}, but the format is {kind}; add --format {other}, or give a "
                 f"name that ends in .{kind}"
             )
-    if kind == "onnx" and suffix != ".onnx":
-        raise InputError(f"--out {out}: give a name that ends in .onnx")
+    if suffix != f".{kind}":
+        raise InputError(f"--out {out}: the output is a model; give a name that ends in .{kind}")
 
 
 def check_onnx_out(out: Path, loaded: Loaded, inputs: Sequence[Path]) -> None:
@@ -172,21 +172,21 @@ def check_companions(out: Path, loaded: Loaded) -> None:
             may_replace=is_calibration,
         )
     elif os.path.isfile(calibration_path_for(out)):
-        move = f" or, if it was fitted on this model, move it to {calibration_path_for(checkpoint)}"
-        raise InputError(
-            f"--out {out}: {calibration_path_for(out)} is not of this checkpoint, but would be used with the output; "
-            f"remove it{'' if loaded.mean else move}"
-        )
+        home = None if loaded.mean else calibration_path_for(checkpoint)
+        raise InputError(not_of_this_checkpoint(out, calibration_path_for(out), home))
 
 
 def check_no_other_lm(out: Path, checkpoint: Path) -> None:
     """Raise InputError if the output would use a language model that the checkpoint has not."""
     other = lm_path_for(out)
     if os.path.isfile(other) and not os.path.isfile(lm_path_for(checkpoint)):
-        raise InputError(
-            f"--out {out}: {other} is not of this checkpoint, but would be used with the output; remove it or, if it "
-            f"is for this model, move it to {lm_path_for(checkpoint)}"
-        )
+        raise InputError(not_of_this_checkpoint(out, other, lm_path_for(checkpoint)))
+
+
+def not_of_this_checkpoint(out: Path, other: Path, home: Path | None) -> str:
+    """Return the message for a file that would be used with the output; home: where this checkpoint's would be."""
+    move = f" or, if it is for this model, move it to {home}" if home else ""
+    return f"--out {out}: {other} is not of this checkpoint, but would be used with the output; remove it{move}"
 
 
 def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:

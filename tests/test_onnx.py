@@ -309,9 +309,10 @@ def test_two_files_are_written_and_named(tmp_path, capsys):
         ("a.onnx", [], "a.onnx has the suffix of onnx, but the format is safetensors; add --format onnx, or give a "
          "name that ends in .safetensors"),
         ("a.safetensors", ["--format", "onnx"], "has the suffix of safetensors, but the format is onnx; add --format "),
-        ("a", ["--format", "onnx"], "a: give a name that ends in .onnx"),
-        ("a.pt", ["--format", "onnx"], "a.pt: give a name that ends in .onnx"),
-        ("a.bin", [], "the output is a model; give a name that ends in .safetensors"),
+        ("a", ["--format", "onnx"], "a: the output is a model; give a name that ends in .onnx"),
+        ("a.pt", ["--format", "onnx"], "a.pt: the output is a model; give a name that ends in .onnx"),
+        ("a", [], "a: the output is a model; give a name that ends in .safetensors"),
+        ("a.bin", [], "a.bin: the output is a model; give a name that ends in .safetensors"),
     ],
 )  # fmt: skip
 def test_a_suffix_that_is_not_that_of_the_format_is_refused(tmp_path, name, argv, message):
