@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.interleaved import Timing, time_interleaved
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context, read_rows
-from benchmarks.splits import add_split_options
+from benchmarks.splits import add_split_options, scored_split
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, check_decoding
@@ -39,7 +39,6 @@ from las_fast.search.dataset import batches_to_decode, listen
 from las_fast.search.ngram import load_ngram_model
 from las_fast.search.steps import Search
 from las_fast.text import EOS
-from las_fast.tune import add_utterance_options, open_split
 
 FILE = RESULTS / "beam_threshold.csv"
 PICTURE = RESULTS / "plots" / "beam-threshold.png"
@@ -197,8 +196,7 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.beam_threshold", description=__doc__.split("\n")[0])
-    add_split_options(parser, FILE, required=False)
-    add_utterance_options(parser)
+    add_split_options(parser, FILE, required=False, on_bad=True)
     parser.add_argument("--lm", help="language model (default: the checkpoint's, if it has one)")
     parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS, metavar="X",
                         help=f"nats (default: {' '.join(f'{t:g}' for t in THRESHOLDS)})")  # fmt: skip
@@ -222,9 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         loaded = load_model(options.checkpoint)
         for threshold in options.thresholds:
             check_decoding(loaded.config, replace(loaded.config.decoding, beam_threshold=threshold))
-        dataset = open_split(
-            options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text
-        )
+        dataset = scored_split(options, loaded)
         labels = (*context(), loaded.path.stem, Path(options.data).resolve().name, options.split)
         new_rows = [(*labels, *row) for row in measure(loaded, dataset, options.thresholds, options)]
     if options.record:

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.rows import RESULTS, append_rows, context
 from benchmarks.scores import parts
-from benchmarks.splits import add_split_options
+from benchmarks.splits import add_split_options, scored_split
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, check_decoding
@@ -28,7 +28,7 @@ from las_fast.ops import NgramModel, ngram_scores, ngram_start
 from las_fast.output.metrics import score
 from las_fast.search.ngram import find_lm, load_lm, load_ngram_model
 from las_fast.text import EOS, Vocabulary
-from las_fast.tune import add_utterance_options, decode_grid, open_split
+from las_fast.tune import decode_grid
 
 FILE = RESULTS / "language_models.csv"
 COLUMNS = ("date", "commit", "checkpoint", "data", "split", "lm", "order", "ngrams", "file_mb", "memory_mb", "bits",
@@ -74,8 +74,7 @@ def measure(
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.language_models", description=__doc__.split("\n")[0])
-    add_split_options(parser, FILE)
-    add_utterance_options(parser)
+    add_split_options(parser, FILE, on_bad=True)
     parser.add_argument("--lm", nargs="+", required=True, help="language models: files or released names")
     parser.add_argument("--ngram-weight", nargs="+", type=float, required=True, help="weights in the search")
     parser.add_argument("--by", default="", help="manifest column to divide the split by")
@@ -86,9 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         check_decoding(loaded.config, decoding)
     for lm in options.lm:
         find_lm(lm, loaded.path)  # ends before the work if there is none
-    dataset = open_split(
-        options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text
-    )
+    dataset = scored_split(options, loaded)
     corpus = open_corpus(options.data)
     groups = parts(dataset.ids, corpus.root, corpus.resolve(options.split), options.by)
     labels = (*context()[:2], loaded.path.stem, Path(options.data).resolve().name, options.split)

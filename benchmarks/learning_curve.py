@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rows import RESULTS, append_rows, context, read_rows
+from benchmarks.splits import scored_split
 from las_fast.checkpoint import Loaded, current_name, load_model
 from las_fast.cli import run
 from las_fast.data.corpus import Corpus
@@ -26,7 +27,7 @@ from las_fast.errors import InputError
 from las_fast.files import write_atomically
 from las_fast.output.metrics import score
 from las_fast.search.ngram import load_ngram_model
-from las_fast.tune import add_utterance_options, decode_grid, open_split
+from las_fast.tune import add_utterance_options, decode_grid
 
 FILE = RESULTS / "learning_curve.csv"
 PICTURE = RESULTS / "plots" / "learning-curve.png"
@@ -56,7 +57,7 @@ def measure(name: str, options: argparse.Namespace) -> list[tuple]:
     labels = (Path(name).name, Path(options.data).resolve().name, f"{training_hours(loaded, corpus):.3g}")
     decoding = loaded.config.decoding
     ways = {"greedy": replace(decoding.attention_only(), beam=1), "beam and CTC": decoding}
-    dataset = open_split(options.data, "dev", loaded, on_bad=options.on_bad, normalise_text=options.normalise_text)
+    dataset = scored_split(options, loaded)
     ngram = load_ngram_model(None, decoding, loaded, "cpu")
     rows = []
     for way, texts in zip(ways, decode_grid(loaded, dataset, list(ways.values()), ngram, "cpu"), strict=True):
@@ -149,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="corpus of the dev split, as for las_fast.decode")
     parser.add_argument("--record", action="store_true", help=f"append the rows to benchmarks/results/{FILE.name}")
     add_utterance_options(parser)
+    parser.set_defaults(split="dev")
     options = parser.parse_args(argv)
     if options.checkpoints and not options.data:
         raise InputError("the checkpoints decode the dev split of a corpus; give it with --data ROOT")

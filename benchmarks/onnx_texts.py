@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.splits import scored_split
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingSettings
@@ -28,7 +29,7 @@ from las_fast.model.attention import Memory
 from las_fast.options import Parser, as_path
 from las_fast.search.beam import greedy_search
 from las_fast.text import EOS, SOS
-from las_fast.tune import add_utterance_options, open_split
+from las_fast.tune import add_utterance_options
 
 
 def parser() -> Parser:
@@ -45,9 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     torch.set_num_threads(1)
     loaded = load_model(options.checkpoint)
-    dataset = open_split(
-        options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text
-    )
+    dataset = scored_split(options, loaded)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "model.onnx")
         export_onnx(loaded, DecodingSettings(replace(loaded.config.decoding, beam=1)), out)

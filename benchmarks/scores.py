@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from benchmarks.rows import RESULTS, append_rows, context
 from benchmarks.side_by_side import labels, load_checkpoints, score_table
-from benchmarks.splits import add_split_options
+from benchmarks.splits import add_split_options, scored_split
 from las_fast.checkpoint import Loaded
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, check_decoding
@@ -32,7 +32,7 @@ from las_fast.errors import InputError
 from las_fast.ops import NgramModel
 from las_fast.output.metrics import score
 from las_fast.search.ngram import load_ngram_model, with_default_weight
-from las_fast.tune import add_utterance_options, decode_grid, open_split
+from las_fast.tune import decode_grid
 
 FILE = RESULTS / "scores.csv"
 COLUMNS = ("date", "commit", "checkpoint", "data", "split", "part", "way", "utterances", "ld", "cer", "wer",
@@ -199,8 +199,7 @@ def summary(rows: dict[str, list[tuple]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scores", description=__doc__.split("\n")[0])
-    add_split_options(parser, FILE, several=True)
-    add_utterance_options(parser)
+    add_split_options(parser, FILE, several=True, on_bad=True)
     parser.add_argument("--lm", help="language model (default: each checkpoint's, if it has one)")
     parser.add_argument(
         "--beam", type=int, nargs="+", default=[8], help="beam widths of the settings that are not greedy (default: 8)"
@@ -210,12 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "cpp"), help="backend of the search")
     options = parser.parse_args(argv)
     entries, ways = prepare(options)
-    datasets = [
-        open_split(
-            options.data, options.split, entry.loaded, on_bad=options.on_bad, normalise_text=options.normalise_text
-        )
-        for entry in entries
-    ]
+    datasets = [scored_split(options, entry.loaded) for entry in entries]
     check_utterances(entries, datasets)
     warn_of_other_texts(entries, datasets)
     corpus = open_corpus(options.data)

@@ -1,14 +1,16 @@
-"""Options and recordings of the benchmarks that decode a split: words, silence, scores and interview."""
+"""Options and data of the benchmarks that decode a split."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from las_fast.checkpoint import current_name
+from las_fast.checkpoint import Loaded, current_name
 from las_fast.data.corpus import Utterance
+from las_fast.data.dataset import SpeechDataset
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
+from las_fast.tune import add_utterance_options, open_split
 
 
 def add_split_options(
@@ -18,6 +20,7 @@ def add_split_options(
     checkpoint: str | None = None,
     required: bool = True,
     several: bool = False,
+    on_bad: bool = False,
 ) -> None:
     """Add --checkpoint, --data, --split and --record.
 
@@ -26,6 +29,7 @@ def add_split_options(
         checkpoint: default of --checkpoint, which is required without one.
         required:   False: --checkpoint and --data may be missing.
         several:    --checkpoint takes several, see add_checkpoints_option.
+        on_bad:     also add --on-bad and --normalise-text, for scored_split.
     """
     add = parser.add_argument
     if several:
@@ -36,6 +40,8 @@ def add_split_options(
     add("--data", required=required, help="corpus, as for las_fast.decode")
     add("--split", default="dev", help="split to decode (default: dev)")
     add("--record", action="store_true", help=f"append the rows to benchmarks/results/{results.name}")
+    if on_bad:
+        add_utterance_options(parser)
 
 
 def add_checkpoints_option(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +57,11 @@ def add_every_option(parser: argparse.ArgumentParser, *, only: str = "") -> None
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help=f"{text}use every N-th utterance (default: 1)"
     )
+
+
+def scored_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
+    """Return the split of --data and --split, with features and transcripts for a checkpoint; see tune.open_split."""
+    return open_split(options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text)
 
 
 def utterances_of(data: str, split: str, every: int = 1) -> list[Utterance]:

@@ -40,7 +40,7 @@ import torch
 from Levenshtein import opcodes
 
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
-from benchmarks.splits import add_every_option, add_split_options, utterances_of
+from benchmarks.splits import add_every_option, add_split_options, scored_split, utterances_of
 from las_fast.checkpoint import Loaded, find_checkpoint, load_model
 from las_fast.cli import run
 from las_fast.config import FeatureConfig
@@ -63,7 +63,6 @@ from las_fast.search.confidence import (
     is_calibration,
     read_calibration,
 )
-from las_fast.tune import add_utterance_options, open_split
 
 FILE = RESULTS / "words.csv"
 COLUMNS = (*CONTEXT, "checkpoint", "measure", "data", "search", "words", "right", "median_ms", "p90_ms", "ece", "auc",
@@ -284,10 +283,10 @@ def decode_words(model: Recogniser, options: argparse.Namespace, beam: int | Non
     """Decode the split, and compare the words of the best hypotheses with the references.
 
     Raises:
-        InputError: no hypothesis has a word, besides the errors of open_split.
+        InputError: no hypothesis has a word, besides the errors of scored_split.
     """
     loaded = model.loaded
-    data = open_split(options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text)
+    data = scored_split(options, loaded)
     results = model.decode_dataset(data, model.decoder(model.settings(beam=beam)), words=True)
     values, right, utterance, disorder = [], [], [], 0
     for i, (best, *_) in enumerate(results):
@@ -516,8 +515,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.words", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("command", choices=("times", "confidence", "cross", "fit"))
-    add_split_options(parser, FILE)
-    add_utterance_options(parser)
+    add_split_options(parser, FILE, on_bad=True)
     add_every_option(parser, only="times")
     add = parser.add_argument
     add("--out", metavar="FILE", help="fit: calibration to write")
