@@ -81,37 +81,43 @@ def released_models() -> list[str]:
 
 
 def current_name(name: str) -> str:
-    """Return the name of a released model. A former name that is not a file gives its successor, with a
-    FormerNameWarning."""
+    """Return the name of a released model. A former name gives its successor, with a FormerNameWarning, unless a
+    checkpoint here has that name."""
     successor = FORMER_NAMES.get(name, name)
-    if successor == name or successor not in released_models() or Path(name).exists():
+    if successor == name or successor not in released_models() or checkpoint_at(Path(name)):
         return name
     message = f"{name} was replaced by {successor}, which gives other texts; give {successor}"
     warnings.warn(message, FormerNameWarning, stacklevel=5)  # the caller of las_fast.load
     return successor
 
 
+def checkpoint_at(path: Path) -> Path | None:
+    """Return the file of the checkpoint at a path: the file itself, or the best one of a run folder; None if none."""
+    if path.is_dir():
+        return next((path / name for name in (BEST, AVERAGED) if (path / name).is_file()), None)
+    return path if path.is_file() else None
+
+
 def find_checkpoint(name: str | Path) -> Path:
     """Return the file of a checkpoint, given as a file, a run folder (its best checkpoint), or a released model.
+
+    A folder without a checkpoint does not hide a released model of its name.
 
     Raises:
         InputError: there is no such checkpoint.
     """
     path = Path(name)
-    if path.is_dir():
-        for candidate in (BEST, AVERAGED):
-            if (path / candidate).is_file():
-                return path / candidate
-        raise InputError(f"{path} has no {BEST}; train it first, or wait for its first validation")
-    if path.name == LAST:
+    if path.name == LAST and not path.is_dir():
         raise InputError(
             f"{path} is a training state, for --resume; to decode, give the folder {path.parent} or {BEST} in it"
         )
-    if path.is_file():
-        return path
+    if found := checkpoint_at(path):
+        return found
     released, current = released_models(), current_name(str(name))
     if current in released:
         return RELEASED / f"{current}.safetensors"
+    if path.is_dir():
+        raise InputError(f"{path} has no {BEST}; train it first, or wait for its first validation")
     known = f"; released models: {', '.join(released)}" if released else ""
     former = {name: successor for name, successor in FORMER_NAMES.items() if successor in released}
     near = difflib.get_close_matches(str(name), [*released, *former], 1)
@@ -124,7 +130,7 @@ def may_hold_checkpoint(path: Path) -> bool:
     """Return whether a path is a safetensors file, a run folder, or a folder of run folders."""
     if not path.is_dir():
         return path.suffix == ".safetensors"
-    return any((run / best).is_file() for run in (path, *path.glob("*/")) for best in (BEST, AVERAGED))
+    return any(checkpoint_at(folder) for folder in (path, *path.glob("*/")))
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:

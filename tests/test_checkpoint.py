@@ -105,6 +105,20 @@ def test_a_former_name_gives_the_newer_model_and_a_warning(tmp_path, monkeypatch
     assert find_checkpoint("speech13h") == Path("speech13h") and find_lm("speech13h", Path("none")) == Path("speech13h")
 
 
+def test_a_folder_without_a_checkpoint_does_not_hide_a_released_model(tmp_path, monkeypatch):
+    """People keep the data of AN4 in a folder named an4."""
+    released = find_checkpoint("an4")
+    monkeypatch.chdir(tmp_path)
+    for name in ("an4", "speech13h"):
+        Path(name).mkdir()
+    assert find_checkpoint("an4") == released
+    with pytest.warns(FormerNameWarning):
+        assert find_checkpoint("speech13h") == find_checkpoint("english")
+    for name in ("an4", "speech13h"):
+        Path(name, "best.safetensors").touch()  # a run folder of that name comes first
+        assert find_checkpoint(name) == Path(name, "best.safetensors")
+
+
 def test_a_former_name_without_its_successor_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr("las_fast.checkpoint.RELEASED", tmp_path)
     with pytest.raises(InputError, match="checkpoint speech13h is neither a run folder nor a file$"):
