@@ -19,11 +19,11 @@ from las_fast.attention import attend, find_utterance
 from las_fast.cli import run
 from las_fast.data.layouts import open_corpus
 from las_fast.data.readers import read_utterance
-from las_fast.decode import check_fits
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
 from las_fast.output.figures import label_tokens
 from las_fast.recogniser import load
+from las_fast.splits import check_fits
 from las_fast.training.runs import Run, epoch_of, frame_seconds, read_attention
 
 

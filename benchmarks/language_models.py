@@ -26,9 +26,9 @@ from las_fast.data.dataset import SpeechDataset
 from las_fast.data.layouts import open_corpus
 from las_fast.ops import NgramModel, ngram_scores, ngram_start
 from las_fast.output.metrics import score
+from las_fast.search.grid import decode_grid
 from las_fast.search.ngram import find_lm, load_lm, load_ngram_model
 from las_fast.text import EOS, Vocabulary
-from las_fast.tune import decode_grid
 
 FILE = RESULTS / "language_models.csv"
 COLUMNS = ("date", "commit", "checkpoint", "data", "split", "lm", "order", "ngrams", "file_mb", "memory_mb", "bits",

@@ -26,8 +26,9 @@ from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
 from las_fast.output.metrics import score
+from las_fast.search.grid import decode_grid
 from las_fast.search.ngram import load_ngram_model
-from las_fast.tune import add_utterance_options, decode_grid
+from las_fast.splits import add_utterance_options
 
 FILE = RESULTS / "learning_curve.csv"
 PICTURE = RESULTS / "plots" / "learning-curve.png"

@@ -28,8 +28,8 @@ from las_fast.export import export_onnx
 from las_fast.model.attention import Memory
 from las_fast.options import Parser, as_path
 from las_fast.search.beam import greedy_search
+from las_fast.splits import add_utterance_options
 from las_fast.text import EOS, SOS
-from las_fast.tune import add_utterance_options
 
 
 def parser() -> Parser:

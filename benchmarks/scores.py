@@ -31,8 +31,8 @@ from las_fast.data.manifest import rows_by_id
 from las_fast.errors import InputError
 from las_fast.ops import NgramModel
 from las_fast.output.metrics import score
+from las_fast.search.grid import decode_grid
 from las_fast.search.ngram import load_ngram_model, with_default_weight
-from las_fast.tune import decode_grid
 
 FILE = RESULTS / "scores.csv"
 COLUMNS = ("date", "commit", "checkpoint", "data", "split", "part", "way", "utterances", "ld", "cer", "wer",

@@ -10,7 +10,7 @@ from las_fast.data.corpus import Utterance
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
-from las_fast.tune import add_utterance_options, open_split
+from las_fast.splits import add_utterance_options, open_split
 
 
 def add_split_options(
@@ -60,7 +60,7 @@ def add_every_option(parser: argparse.ArgumentParser, *, only: str = "") -> None
 
 
 def scored_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
-    """Return the split of --data and --split, with features and transcripts for a checkpoint; see tune.open_split."""
+    """Return the split of --data and --split, with features and transcripts for a checkpoint; see open_split."""
     return open_split(options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text)
 
 

@@ -3,8 +3,8 @@
     python -m las_fast.attention talk.flac --start 4 --end 8
     python -m las_fast.attention --checkpoint runs/mine --data ROOT --utterance 1272-128104-0000
 
-Rows are characters and columns are seconds. The words stand above, where the model attends to them. The text is that
-which the model recognises, or that of --text. An utterance of an archive of features is drawn below its normalised
+Each row is a character, and time runs to the right. Each word stands above the speech it attends to. The text is the
+recognised text, or --text. An utterance of an archive of features is drawn below its normalised
 features instead of a spectrogram.
 """
 
@@ -40,7 +40,7 @@ class Picture(NamedTuple):
     text: str
     weights: np.ndarray  # (U, T) float32 attention of each character and of <eos>; NaN where silence was trimmed
     spectrogram: np.ndarray  # (T, mel bins) float32 log-mel; or (T, F) features of an archive, normalised
-    frame_seconds: float  # seconds between feature frames
+    frame_shift: float  # seconds between feature frames
     start: float  # seconds of the recording before the first frame
     sample_rate: int | None  # of the recording, in Hz; None for an archive of features
 
@@ -91,11 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     out = options.out or Path(f"{options.file.stem if options.file else Path(name).name}.attention.png")
     inputs = (options.file, options.checkpoint)
     prepare_output_file(out, "--out", what="a picture", suffixes=(".png",), inputs=inputs, may_replace=is_png)
+    from las_fast.checkpoint import default_model
     from las_fast.output.figures import utterance_picture
     from las_fast.recogniser import load
-    from las_fast.transcribe import released_model
 
-    model = load(options.checkpoint or released_model(), device=options.device)
+    model = load(options.checkpoint or default_model(), device=options.device)
     if options.file:
         picture = make_picture(model, options.file, options.start, options.end, **spelling(options))
     else:
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         spectrogram=picture.spectrogram,
         text=picture.text,
         title=show(title),
-        frame_seconds=picture.frame_seconds,
+        frame_shift=picture.frame_shift,
         start=picture.start,
         sample_rate=picture.sample_rate,
     )
@@ -205,7 +205,7 @@ def picture_of_utterance(model: Recogniser, options: argparse.Namespace) -> Pict
         InputError: there is no such utterance, the model cannot take it, or make_picture raises it.
     """
     from las_fast.data.layouts import open_corpus
-    from las_fast.decode import check_fits
+    from las_fast.splits import check_fits
 
     corpus = open_corpus(options.data)
     utterance = find_utterance(corpus, options.utterance, options.split)
@@ -281,9 +281,9 @@ def check_length(name: str | Path, seconds: float, start: float) -> None:
 
 
 def per_column(model: Recogniser, weights: np.ndarray, columns: np.ndarray, count: int) -> np.ndarray:
-    """Spread weights (U, encoder frames) over `count` columns, (U, count) float32, NaN where nothing was heard.
+    """Spread weights (U, encoder frames) over `count` columns, (U, count) float32, NaN where silence was removed.
 
-    columns: (T,) the column of each feature frame that the model heard.
+    columns: (T,) the column of each feature frame that was kept.
     """
     import numpy as np
 

@@ -24,6 +24,7 @@ from las_fast.errors import FormerNameWarning, InputError, is_out_of_memory
 from las_fast.files import (
     AVERAGED,
     BEST,
+    DEFAULT_MODEL,
     FORMER_NAMES,
     LAST,
     nearest_path_hint,
@@ -49,6 +50,12 @@ class Loaded(NamedTuple):
     path: Path
     info: dict[str, Any]  # from save_model
     mean: bool = False  # whether the weights are a mean, of the checkpoint at `path` and others
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder or of the checkpoint file."""
+        path = self.path.absolute()  # a relative path may lack the folder that names the model
+        return path.parent.name if path.name in (AVERAGED, BEST) else path.stem
 
 
 def build_model(config: Config) -> LAS:
@@ -78,6 +85,14 @@ def save_model(path: str | Path, weights: dict, config: Config, statistics: Stat
 def released_models() -> list[str]:
     """Return the names of the checkpoints in the package, language models (NAME.lm.safetensors) excluded."""
     return sorted(p.stem for p in RELEASED.glob("*.safetensors") if not p.name.endswith(".lm.safetensors"))
+
+
+def default_model() -> str:
+    """Return the name of the released model of commands without --checkpoint; raise InputError if there is none."""
+    names = released_models()
+    if not names:
+        raise InputError("this installation has no released model; give --checkpoint and a run folder")
+    return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]
 
 
 def current_name(name: str) -> str:

@@ -18,6 +18,7 @@ from las_fast.errors import InputError
 from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, add_beam_options, as_file, as_path, check_beam_options, parse_settings
 from las_fast.search.ngram import with_default_weight
+from las_fast.splits import check_fits, load_splits
 from las_fast.system import choose_device, return_freed_memory
 from las_fast.text import remedy
 
@@ -144,7 +145,9 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     print(f"data: {corpus.name}")
     check_fits(corpus, loaded, any_features=options.any_features)
     splits = corpus.resolve(options.split)
-    dataset = load_splits(options, corpus, splits, loaded)
+    normalised = options.normalise_text or loaded.config.data.normalise_text
+    dataset = load_splits(corpus, splits, loaded, on_bad=options.on_bad, normalise_text=normalised, need_text=False)
+    check_references(dataset, loaded, normalised=normalised)
     started = time.perf_counter()
     hypotheses = model.decode_dataset(dataset, decoder, nbest=options.nbest, words=bool(options.jsonl))
     seconds = time.perf_counter() - started
@@ -154,58 +157,6 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     summary = summarise(dataset, rows, seconds)
     print(format_summary(summary, options.out))
     print(json.dumps(summary))
-
-
-def load_splits(options: argparse.Namespace, corpus: Corpus, splits: tuple[str, ...], loaded: Loaded) -> SpeechDataset:
-    """Load splits with the features of the checkpoint; raise InputError if they do not suit it."""
-    from las_fast.data.dataset import load_dataset
-
-    data = replace(loaded.config.data, cache="")  # the folder of the training may be on another machine
-    normalised = options.normalise_text or data.normalise_text
-    dataset = load_dataset(
-        corpus,
-        splits,
-        features=loaded.config.features,
-        data=replace(data, on_bad=options.on_bad, normalise_text=normalised),
-        statistics=loaded.statistics,
-        need_text=False,
-    )
-    check_references(dataset, loaded, normalised=normalised)
-    return dataset
-
-
-def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool | None = None) -> None:
-    """Check the features of a corpus against those that the checkpoint was trained on.
-
-    A warning is printed if the archives differ but their frames have the same size, or if any_features allows another
-    kind; None is for commands without --any-features.
-
-    Raises:
-        InputError: the sizes differ, or the kinds (precomputed, computed from audio) differ without any_features.
-    """
-    size = loaded.config.features.size
-    if corpus.kind == "features" and corpus.feature_size != size:
-        raise InputError(
-            f"{corpus.name} has {corpus.feature_size} values per frame, but checkpoint {loaded.path} was trained on "
-            f"{size}; decode data with {size} values per frame, or train on this data"
-        )
-    known = loaded.info.get("data")  # {"kind", "name"} of the corpus
-    if known is None:
-        return
-    if known["kind"] != corpus.kind:
-        kinds = {"features": "precomputed frames", "audio": "frames computed from audio"}
-        trained = f"checkpoint {loaded.path} was trained on {kinds[known['kind']]} ({known['name']})"
-        problem = f"{trained}, but {corpus.name} has {kinds[corpus.kind]}"
-        if not any_features:
-            option = "" if any_features is None else ", or add --any-features to decode it anyway"
-            raise InputError(f"{problem}; give data of the same kind{option}")
-        print(f"warning: {problem}; expect many errors", file=sys.stderr)
-    elif corpus.kind == "features" and known["name"] != corpus.name:
-        print(
-            f"warning: checkpoint {loaded.path} was trained on {known['name']}, but this is {corpus.name}; "
-            "its frames have the same size but may be computed differently",
-            file=sys.stderr,
-        )
 
 
 def warn_of_fault(texts: list[str], loaded: Loaded) -> None:
@@ -249,12 +200,12 @@ def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], load
     from las_fast.data.features import seconds_of
     from las_fast.output.formats import rounded, word_row
 
-    best, frame_seconds = hypotheses[0], float(seconds_of(1, loaded.config.features))
+    best, frame_shift = hypotheses[0], float(seconds_of(1, loaded.config.features))
     nbest = [
         {
             "text": loaded.vocabulary.decode(h.text_tokens),
             "score": rounded(h.score),
-            "words": [word_row(word) for word in recording_words(dataset, i, h.words, frame_seconds)],
+            "words": [word_row(word) for word in recording_words(dataset, i, h.words, frame_shift)],
         }
         for h in hypotheses
     ]
@@ -266,16 +217,16 @@ def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], load
     return row if text is None else {**row, "reference": text}
 
 
-def recording_words(dataset: SpeechDataset, i: int, words: tuple[Word, ...], frame_seconds: float) -> list[Word]:
+def recording_words(dataset: SpeechDataset, i: int, words: tuple[Word, ...], frame_shift: float) -> list[Word]:
     """Convert word times from the features, which lack trimmed silence, to the recording.
 
-    frame_seconds: seconds between feature frames.
+    frame_shift: seconds between feature frames.
     """
 
     def convert(seconds: float, *, is_end: bool) -> float:
-        frame = math.ceil(seconds / frame_seconds) - 1 if is_end else math.floor(seconds / frame_seconds)
+        frame = math.ceil(seconds / frame_shift) - 1 if is_end else math.floor(seconds / frame_shift)
         frame = max(frame, 0)
-        trimmed = (dataset.recording_frame(i, frame) - frame) * frame_seconds
+        trimmed = (dataset.recording_frame(i, frame) - frame) * frame_shift
         return min(seconds + trimmed, float(dataset.seconds[i]))
 
     return [

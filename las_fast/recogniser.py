@@ -27,7 +27,6 @@ from las_fast.data.normalisation import normalise
 from las_fast.data.samples import is_array, to_numpy
 from las_fast.data.vad import check_vad
 from las_fast.errors import InputError, show, type_name
-from las_fast.files import BEST
 from las_fast.ops import NgramModel
 from las_fast.output.transcripts import MIN_SPEECH_SCORE, POOL_SECONDS, Hypothesis, Transcript, noise_warning
 from las_fast.search import beam, dataset
@@ -111,9 +110,7 @@ class Recogniser:
         self._calibration: Calibration | None = None  # of word times and confidences
 
     def __repr__(self) -> str:
-        path = self.loaded.path
-        name = path.parent.name if path.name == BEST else path.stem
-        return f"<las_fast.Recogniser {show(name)} on {self.device}>"
+        return f"<las_fast.Recogniser {show(self.loaded.name)} on {self.device}>"
 
     def transcribe(
         self,
@@ -409,7 +406,7 @@ class Recogniser:
                 self._calibration = load_calibration(self.loaded.path)
         shift = float(seconds_of(1, self.loaded.config.features))
         model, vocabulary = self.loaded.model, self.loaded.vocabulary
-        return WordFinder(model, vocabulary, self._calibration, frame_seconds=shift, greedy=config.beam == 1)
+        return WordFinder(model, vocabulary, self._calibration, frame_shift=shift, greedy=config.beam == 1)
 
     def hypothesis(self, result: beam.Hypothesis) -> Hypothesis:
         """Convert a hypothesis of the search, which has tokens, to one that has text."""

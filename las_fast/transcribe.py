@@ -115,11 +115,11 @@ def main(argv: list[str] | None = None) -> None:
     paths = list(targets) or paths
     if options.on_bad == "error":
         check_existence(paths)
-    from las_fast.checkpoint import load_model
+    from las_fast.checkpoint import default_model, load_model
     from las_fast.recogniser import Recogniser
 
     device = choose_device(options.device)
-    model = Recogniser(load_model(options.checkpoint or released_model(), device), device, lm_option="--lm ")
+    model = Recogniser(load_model(options.checkpoint or default_model(), device), device, lm_option="--lm ")
     done = 0
     for path, transcript in transcribe(paths, model, options):
         emit(path, transcript, options, targets, several=len(paths) > 1)
@@ -266,7 +266,7 @@ def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path,
 
 
 def check_names(paths: list[Path], targets: dict[Path, Path], options: argparse.Namespace) -> None:
-    """Raise InputError if --existing skip would go by numbered names, which change with the recordings given."""
+    """Raise InputError if --existing skip would depend on numbered names, which change with the recordings given."""
     if options.existing != "skip":
         return
     first: dict[tuple[Path, str], Path] = {}
@@ -274,8 +274,9 @@ def check_names(paths: list[Path], targets: dict[Path, Path], options: argparse.
         same = first.setdefault((targets[path].parent, path.name.casefold()), path)
         if same is not path:
             raise InputError(
-                f"--existing skip: {show(same)} and {show(path)} have one name, so their transcripts cannot be told "
-                "apart; transcribe each folder to an --out of its own, or give the folder above both"
+                f"--existing skip: {show(same)} and {show(path)} have the same name, so it is unclear "
+                "which transcript is whose; transcribe each folder to an --out of its own, or give the folder above "
+                "both"
             )
 
 
@@ -293,16 +294,6 @@ def save(target: Path, text: str) -> None:
     make_folder(target.parent, "--out")
     write_text_atomically(target, text)
     write(show(target))
-
-
-def released_model() -> str:
-    """Return the name of the default released model; raise InputError if none is installed."""
-    from las_fast.checkpoint import released_models
-
-    names = released_models()
-    if not names:
-        raise InputError("this installation has no released model; give --checkpoint and a run folder")
-    return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]
 
 
 if __name__ == "__main__":

@@ -12,24 +12,20 @@ import io
 import itertools
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from las_fast.cli import require_stdout, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, as_file, as_path
-from las_fast.progress import Progress, progress
 from las_fast.search.ngram import load_ngram_model, with_default_weight
+from las_fast.splits import add_utterance_options, open_split
 from las_fast.system import choose_device, return_freed_memory
-from las_fast.text import remedy
 
 if TYPE_CHECKING:  # importing torch would slow down --help
-    from las_fast.checkpoint import Loaded
-    from las_fast.data.batching import Batch
-    from las_fast.data.dataset import SpeechDataset
+    pass
 
 MAX_COMBINATIONS = 10_000
 GRID = (
@@ -69,16 +65,6 @@ def parser() -> Parser:
     return parser
 
 
-def add_utterance_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a command with open_split: --on-bad and --normalise-text."""
-    parser.add_argument(
-        "--on-bad",
-        choices=("error", "skip"),
-        help="what to do with utterances that cannot be used; skip: list them and continue (default: as in training)",
-    )
-    parser.add_argument("--normalise-text", action="store_true", help="map transcripts to the checkpoint's characters")
-
-
 def grid(options: argparse.Namespace, names: list[str], start: DecodingConfig) -> list[DecodingConfig]:
     """Return a copy of `start` for every combination of the values that `options` has for the settings `names`."""
     count = math.prod(len(getattr(options, name)) for name in names)
@@ -106,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare_output_file(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
     from las_fast.checkpoint import load_model
     from las_fast.files import write_text_atomically
+    from las_fast.search.grid import decode_grid
 
     device = choose_device(options.device)
     loaded = load_model(options.checkpoint, device)
@@ -133,78 +120,6 @@ def main(argv: list[str] | None = None) -> None:
 def is_table(path: Path) -> bool:
     """Return whether the first line of a file is that of a table from this command."""
     return first_line(path).endswith("cer,wer,ld")
-
-
-def open_split(
-    data: str | Path,
-    split: str,
-    loaded: Loaded,
-    *,
-    on_bad: Literal["error", "skip"] | None,
-    normalise_text: bool,
-) -> SpeechDataset:
-    """Load a whole split with the features and the vocabulary of a checkpoint, for scoring.
-
-    Args:
-        data:           archive, corpus folder or manifest.
-        on_bad:         what to do with an utterance that cannot be used, or has no transcript; None: as in training.
-        normalise_text: map transcripts to the vocabulary, even if the training did not. This and on_bad are the
-                        options of add_utterance_options, which errors name.
-
-    Raises:
-        InputError: the features do not fit the checkpoint, or an utterance is bad and not to be skipped.
-    """
-    from las_fast.data.dataset import load_dataset
-    from las_fast.data.layouts import open_corpus
-    from las_fast.decode import check_fits
-
-    corpus = open_corpus(data)
-    check_fits(corpus, loaded)
-    config = loaded.config
-    return load_dataset(
-        corpus,
-        corpus.resolve(split),
-        features=config.features,
-        data=replace(
-            config.data.without_limits(),
-            cache="",  # the folder of the training may be on another machine
-            on_bad=on_bad or config.data.on_bad,
-            normalise_text=normalise_text or config.data.normalise_text,
-        ),
-        statistics=loaded.statistics,
-        need_text=True,
-        text_remedy=partial(remedy, option="--normalise-text"),
-    )
-
-
-def decode_grid(
-    loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], ngram, device, backend: str = "auto"
-) -> list[list[str]]:
-    """Decode a dataset with each of the settings, which all have the same precision.
-
-    For ngram see load_ngram_model, for backend see beam_search.
-
-    Returns:
-        A list of texts, one per utterance, for each of the settings.
-    """
-    from las_fast.search.beam import beam_search, packed_weights
-    from las_fast.search.dataset import decode_batches, listen
-
-    texts = [[""] * len(dataset) for _ in settings]
-    packed = packed_weights(loaded.model, settings[0], device, backend)
-
-    def decode(batch: Batch, bar: Progress) -> None:
-        memory = listen(loaded.model, batch.to(device), settings[0])
-        for texts_of_point, point in zip(texts, settings, strict=True):
-            hypotheses = beam_search(loaded.model, memory, point, ngram=ngram, packed=packed, backend=backend)
-            for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
-                texts_of_point[i] = loaded.vocabulary.decode(best.text_tokens)
-            bar.update(len(batch.indices))  # those of a batch that is halved count twice
-
-    with progress(len(dataset) * len(settings), "tuning", "utterances") as bar:
-        for _ in decode_batches(partial(decode, bar=bar), dataset, loaded.vocabulary, settings[0]):
-            pass
-    return texts
 
 
 def rank(

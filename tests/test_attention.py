@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from tiny_checkpoints import make_checkpoint
 from tiny_corpora import make_archive, make_kaldi, make_speech
 
-from las_fast import Recogniser, attention, load, transcribe
+from las_fast import Recogniser, attention, load
 from las_fast.config import FeatureConfig
 from las_fast.data.features import compute_features
 from las_fast.data.layouts import open_corpus
@@ -57,14 +57,14 @@ def test_a_given_text_may_be_written_in_any_case(model):
 
 def test_without_a_checkpoint_the_released_model_is_drawn(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(transcribe, "released_model", lambda: str(workspace / "untrained-20.safetensors"))
+    monkeypatch.setattr("las_fast.checkpoint.default_model", lambda: str(workspace / "untrained-20.safetensors"))
     attention.main([str(workspace / "plain.wav"), "--device", "cpu", "--text", "A B"])
     assert capsys.readouterr().out.splitlines() == ["A B", "written     plain.attention.png"]
 
 
 def test_weights_are_those_of_the_speller_with_teacher_forcing(workspace, model):
     picture = attention.make_picture(model, workspace / "plain.wav", 0.0, None, text="A B")
-    assert picture.text == "A B" and picture.start == 0.0 and picture.frame_seconds == pytest.approx(0.01)
+    assert picture.text == "A B" and picture.start == 0.0 and picture.frame_shift == pytest.approx(0.01)
     samples, _ = soundfile.read(workspace / "plain.wav", dtype="float32")
     (features,) = compute_features([samples], model.loaded.config.features)
     inputs = model._model_input(features, "x")[None]
@@ -111,7 +111,7 @@ def test_both_axes_are_in_seconds_and_the_colours_from_0_to_1(tmp_path, monkeypa
     weights[:, 10:20] = np.nan
     figures.utterance_picture(
         tmp_path / "a.png", weights=weights, spectrogram=np.random.rand(50, 23), text="A B", title="$x$",
-        frame_seconds=0.02, start=2.0, sample_rate=16000,
+        frame_shift=0.02, start=2.0, sample_rate=16000,
     )  # fmt: skip
     upper, lower = seen
     assert upper["extent"] == pytest.approx((2.0, 3.0, -0.5, 22.5)) and lower["extent"] == pytest.approx(
@@ -202,7 +202,7 @@ def test_an_utterance_of_an_archive_is_drawn_with_its_normalised_features(
     count = expected.shape[1]
     assert np.allclose(options["weights"][:, :count], expected) and options["weights"].shape == (4, len(frames))
     assert np.allclose(options["spectrogram"].mean(0), 0, atol=1e-5) and options["spectrogram"].shape == frames.shape
-    assert options["sample_rate"] is None and options["frame_seconds"] == 0.01 and options["start"] == 0
+    assert options["sample_rate"] is None and options["frame_shift"] == 0.01 and options["start"] == 0
 
 
 def test_the_beam_and_its_threshold_reach_the_search_of_both_kinds_of_pictures(

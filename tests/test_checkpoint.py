@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import las_fast
-from las_fast.checkpoint import build_model, find_checkpoint, load_model, load_state, save_model, save_state
+from las_fast.checkpoint import (
+    build_model,
+    default_model,
+    find_checkpoint,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+)
 from las_fast.cli import plain_warnings
 from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.normalisation import Statistics
@@ -247,3 +256,21 @@ def test_weights_without_their_settings_are_refused(tmp_path, missing):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", metadata)
     with pytest.raises(InputError, match="was not written by las_fast"):
         load_model(tmp_path / "other.safetensors")
+
+
+def test_the_default_model_is_english_or_the_only_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("las_fast.checkpoint.RELEASED", tmp_path)
+    with pytest.raises(InputError, match="no released model; give --checkpoint"):
+        default_model()
+    for name in ("an4", "english"):
+        (tmp_path / f"{name}.safetensors").touch()
+        assert default_model() == name
+
+
+@pytest.mark.parametrize(("file", "name"), [("best.safetensors", "mine"), ("averaged.safetensors", "mine"),
+                                             ("a.b.safetensors", "a.b")])  # fmt: skip
+def test_a_model_is_named_after_its_file_or_its_run_folder(saved, tmp_path, monkeypatch, file, name):
+    (tmp_path / "mine").mkdir()
+    shutil.copy(saved[1], tmp_path / "mine" / file)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert load_model(file).name == name and f"Recogniser {name} on" in repr(las_fast.load(file, device="cpu"))

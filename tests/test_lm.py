@@ -919,7 +919,7 @@ def test_the_language_model_beside_a_checkpoint_is_used_if_its_settings_have_a_w
     checkpoint.save_model(tmp_path / "NAME.safetensors", loaded.model.state_dict(), weighted, None, {})
     (tmp_path / "NAME.lm.safetensors").write_bytes((workspace / "lm.safetensors").read_bytes())
     monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)
-    assert checkpoint.released_models() == ["NAME"] and transcribe.released_model() == "NAME"
+    assert checkpoint.released_models() == ["NAME"] and checkpoint.default_model() == "NAME"
     with pytest.raises(InputError, match="released models: NAME$"):
         checkpoint.find_checkpoint("OTHER")
     explicit = ["--lm", str(workspace / "lm.safetensors"), "--decoding.ngram-weight", "0.7"]

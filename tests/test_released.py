@@ -15,8 +15,9 @@ from las_fast.ops import backends
 from las_fast.output.metrics import score
 from las_fast.search.beam import beam_search
 from las_fast.search.dataset import listen
+from las_fast.search.grid import decode_grid
 from las_fast.search.ngram import lm_path_for, load_ngram_model
-from las_fast.tune import decode_grid, open_split
+from las_fast.splits import open_split
 
 CPU_BACKENDS = [
     name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)

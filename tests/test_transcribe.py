@@ -255,7 +255,8 @@ def test_transcripts_of_a_folder_lie_in_its_subfolders_and_are_skipped_there(wor
     assert [call["paths"] for call in calls] == [["rec.wav", "rec.wav"], ["rec.wav"]]
     assert (out / "early/rec.txt").exists() and len(list(out.rglob("*"))) == 6
     with pytest.raises(
-        InputError, match="monday.* and .*friday.* have one name, so .* cannot be told apart; transcribe"
+        InputError,
+        match="monday.* and .*friday.* have the same name, so it is unclear which .* whose; transcribe",
     ):
         main([str(folder / "monday" / "rec.wav"), str(folder / "friday" / "rec.wav"), *argv])
 
@@ -674,7 +675,7 @@ def test_files_must_exist_except_for_standard_input(workspace, calls, monkeypatc
 
 
 def test_the_released_model_is_the_default(workspace, calls, monkeypatch):
-    monkeypatch.setattr(module, "released_model", lambda: str(workspace / "untrained-20.safetensors"))
+    monkeypatch.setattr("las_fast.checkpoint.default_model", lambda: str(workspace / "untrained-20.safetensors"))
     main([str(workspace / "short.wav")])
     assert calls[0]["model"].loaded.path == workspace / "untrained-20.safetensors"
 
@@ -713,14 +714,3 @@ def test_the_released_model_transcribes_noise_as_empty(capsys, tmp_path):
     main([*map(str, tmp_path.iterdir()), "--checkpoint", "english", "--format", "json", "--device", "cpu"])
     rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
     assert len(rows) == 8 and not any(row["text"] for row in rows)
-
-
-def test_the_default_model_is_english_or_the_only_one(tmp_path, monkeypatch, capsys):
-    from las_fast import checkpoint
-
-    monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)
-    with pytest.raises(InputError, match="no released model; give --checkpoint"):
-        module.released_model()
-    for name in ("an4", "english"):
-        (tmp_path / f"{name}.safetensors").touch()
-        assert module.released_model() == name

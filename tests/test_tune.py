@@ -15,8 +15,9 @@ from las_fast import lm, tune
 from las_fast.checkpoint import load_model
 from las_fast.config import DataConfig, DecodingConfig
 from las_fast.errors import InputError
-from las_fast.search import beam, ngram
+from las_fast.search import ngram
 from las_fast.search.beam import beam_search
+from las_fast.splits import open_split
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,9 @@ def test_the_last_line_does_not_name_the_checkpoints_own_language_model(workspac
 
 def test_without_a_tuned_weight_the_language_model_has_the_default(workspace, monkeypatch):
     seen = []
-    monkeypatch.setattr(tune, "decode_grid", lambda loaded, data, settings, *_: seen.extend(settings) or [["A"] * 3])
+    monkeypatch.setattr(
+        "las_fast.search.grid.decode_grid", lambda loaded, data, settings, *_: seen.extend(settings) or [["A"] * 3]
+    )
     tune.main(argv(workspace, "--beam", 2, "--lm", workspace / "lm.safetensors"))
     assert [point.ngram_weight for point in seen] == [ngram.DEFAULT_WEIGHT]
 
@@ -203,7 +206,7 @@ def test_the_whole_split_is_loaded_with_the_checkpoints_settings(tmp_path):
     manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
     sections = {"data": DataConfig(max_seconds=0.1, normalise_text=True)}
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
-    dataset = tune.open_split(tmp_path / "data", "train+dev", load_model(path), on_bad=None, normalise_text=False)
+    dataset = open_split(tmp_path / "data", "train+dev", load_model(path), on_bad=None, normalise_text=False)
     assert len(dataset) == 6 and all(text.startswith("A A ") for text in dataset.texts)
 
 
@@ -234,7 +237,7 @@ def test_the_cache_of_the_training_is_not_used(tmp_path):
     make_manifest(tmp_path / "data", utterances=1)
     sections = {"data": DataConfig(cache=str(tmp_path / "cache"))}
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
-    tune.open_split(tmp_path / "data", "dev", load_model(path), on_bad=None, normalise_text=False)
+    open_split(tmp_path / "data", "dev", load_model(path), on_bad=None, normalise_text=False)
     assert not (tmp_path / "cache").exists()
 
 
@@ -249,7 +252,7 @@ def test_a_batch_that_does_not_fit_is_halved(workspace, monkeypatch, tmp_path):
             raise MemoryError
         return beam_search(model, memory, *args, **options)
 
-    monkeypatch.setattr(beam, "beam_search", search)
+    monkeypatch.setattr("las_fast.search.grid.beam_search", search)
     tune.main(command)
     assert (tmp_path / "table.csv").read_text() == expected and sizes[0] == 3 and sizes.count(1) == 6
 
@@ -262,7 +265,7 @@ def test_progress_counts_each_utterance_once_for_each_setting(workspace, monkeyp
         totals.append(total)
         yield Namespace(update=counted.append)
 
-    monkeypatch.setattr(tune, "progress", progress)
+    monkeypatch.setattr("las_fast.search.grid.progress", progress)
     tune.main(argv(workspace, "--beam", 1, 2))
     assert totals == [6] and sum(counted) == 6
 

@@ -70,7 +70,7 @@ def utterance_picture(
     spectrogram: np.ndarray,
     text: str,
     title: str,
-    frame_seconds: float,
+    frame_shift: float,
     start: float,
     sample_rate: int | None,
 ) -> None:
@@ -82,7 +82,7 @@ def utterance_picture(
         spectrogram:   (T, mel bins) float32 log-mel, or (T, F) other features.
         text:          one character per row of weights; its words are written above the spectrogram.
         title:         above the picture.
-        frame_seconds: seconds per column.
+        frame_shift:   seconds per column.
         start:         seconds of the recording before the first column.
         sample_rate:   Hz that the mel bins were computed for; None for other features.
     """
@@ -91,11 +91,11 @@ def utterance_picture(
 
     tokens, frames = weights.shape
     below = min(12.0, max(2.0, 0.14 * tokens))
-    width = min(16.0, max(7.0, 2.0 + 1.2 * frames * frame_seconds))
+    width = min(16.0, max(7.0, 2.0 + 1.2 * frames * frame_shift))
     figure = Figure(figsize=(width, below + 3.0), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, sharex=True, height_ratios=[1.8, below])
-    end = start + frames * frame_seconds
+    end = start + frames * frame_shift
     _draw_spectrogram(upper, spectrogram, (start, end), sample_rate)
     image = lower.imshow(
         weights, aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=1.0,
@@ -104,7 +104,7 @@ def utterance_picture(
     label_tokens(lower, text, tokens, fontsize=7)
     lower.set_xlabel("seconds")
     figure.colorbar(image, ax=lower, pad=0.01, fraction=0.03, aspect=40, label="attention weight")
-    _label_words(upper, attended_times(weights, text, frame_seconds, start), (start, end))
+    _label_words(upper, attended_times(weights, text, frame_shift, start), (start, end))
     figure.suptitle(title, fontsize=9, parse_math=False)
     canvas.print_figure(path, format="png", dpi=110, facecolor=figure.get_facecolor())
 
@@ -128,10 +128,10 @@ def _draw_spectrogram(axes, spectrogram: np.ndarray, span: tuple[float, float], 
     axes.set_ylabel("kHz")
 
 
-def attended_times(weights: np.ndarray, text: str, frame_seconds: float, start: float) -> list[tuple[str, float]]:
+def attended_times(weights: np.ndarray, text: str, frame_shift: float, start: float) -> list[tuple[str, float]]:
     """Return (word, time in seconds) of each word: the mean over its characters of the time that each attends to."""
     known = np.nan_to_num(weights)
-    centres = start + (np.arange(known.shape[1]) + 0.5) * frame_seconds
+    centres = start + (np.arange(known.shape[1]) + 0.5) * frame_shift
     attended = known @ centres / np.maximum(known.sum(1), 1e-12)  # (U,)
     result, first = [], 0
     for word in text.split(" "):

@@ -48,7 +48,7 @@ class WordFinder:
         model:         its time_reduction is read, and with a CTC head its ctc_time_reduction.
         vocabulary:    of the model.
         calibration:   of the model.
-        frame_seconds: seconds between feature frames.
+        frame_shift:   seconds between feature frames.
         greedy:        whether the search has a beam of 1.
     """
 
@@ -58,10 +58,10 @@ class WordFinder:
         vocabulary: Vocabulary,
         calibration: Calibration,
         *,
-        frame_seconds: float,
+        frame_shift: float,
         greedy: bool = False,
     ):
-        self.model, self.calibration, self.frame_seconds = model, calibration, frame_seconds
+        self.model, self.calibration, self.frame_shift = model, calibration, frame_shift
         self.weights = calibration.greedy if greedy else calibration.beam
         self.characters = [*["?"] * len(SPECIAL), *vocabulary.characters]
 
@@ -84,7 +84,7 @@ class WordFinder:
             evidence = token_evidence(memory, texts)
             for i, beam in enumerate(hypotheses):
                 if rank < len(beam):
-                    limit = feature_lengths[i] * self.frame_seconds
+                    limit = feature_lengths[i] * self.frame_shift
                     words = self._words(votes[i], rank, beam[rank], evidence[i], limit)
                     results[i].append(dataclasses.replace(beam[rank], words=words))
         return results
@@ -103,7 +103,7 @@ class WordFinder:
         starts, ends = word_times(times, spans, limit, self.calibration)
         eos_score = hypothesis.score - sum(hypothesis.token_scores)
         scores = np.array([*hypothesis.token_scores, eos_score])
-        shares = votes.shares(rank, NEAR / (self.model.time_reduction * self.frame_seconds))
+        shares = votes.shares(rank, NEAR / (self.model.time_reduction * self.frame_shift))
         features = word_features(spans, scores, evidence and evidence.log_probs, shares)
         if self.calibration.known:
             features["known"] = np.array([text in self.calibration.known for text in texts], float)
@@ -112,9 +112,9 @@ class WordFinder:
     def _token_seconds(self, hypothesis: Hypothesis, evidence: TokenEvidence | None) -> np.ndarray:
         """Return the time of each token in seconds, (U,)."""
         if evidence is not None:
-            return evidence.times * (self.model.ctc_time_reduction * self.frame_seconds)
+            return evidence.times * (self.model.ctc_time_reduction * self.frame_shift)
         frames = np.maximum.accumulate(np.array(hypothesis.attended_frames, float))
-        return frames * (self.model.time_reduction * self.frame_seconds)
+        return frames * (self.model.time_reduction * self.frame_shift)
 
 
 def token_evidence(memory: Memory, texts: list[list[int]]) -> list[TokenEvidence | None]:

@@ -125,16 +125,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 def open_model(options: argparse.Namespace) -> tuple[Recogniser, str]:
     """Load the model; return it and its name, which requests give in the field `model`."""
-    from las_fast.checkpoint import load_model
-    from las_fast.files import AVERAGED, BEST
+    from las_fast.checkpoint import default_model, load_model
     from las_fast.recogniser import Recogniser
-    from las_fast.transcribe import released_model
 
     device = choose_device(options.device)
-    loaded = load_model(options.checkpoint or released_model(), device)
-    path = loaded.path.absolute()  # a relative path may lack the folder that names the model
-    name = path.parent.name if path.name in (AVERAGED, BEST) else path.stem
-    return Recogniser(loaded, device, lm_option="--lm "), name
+    loaded = load_model(options.checkpoint or default_model(), device)
+    return Recogniser(loaded, device, lm_option="--lm "), loaded.name
 
 
 def start_log(*, quiet: bool) -> None:

@@ -54,7 +54,7 @@ def make_data() -> Utterances:
 
 
 def finder(model, calibration=CALIBRATION, **options) -> WordFinder:
-    return WordFinder(model, VOCABULARY, calibration, frame_seconds=0.01, **options)
+    return WordFinder(model, VOCABULARY, calibration, frame_shift=0.01, **options)
 
 
 # --------------------------------------------------------------------------------------------------------------- times

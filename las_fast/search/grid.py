@@ -1,0 +1,43 @@
+"""Decode a dataset with several settings of the search, encoding each batch once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from las_fast.config import DecodingConfig
+from las_fast.data.batching import Batch
+from las_fast.progress import Progress, progress
+from las_fast.search.beam import beam_search, packed_weights
+from las_fast.search.dataset import decode_batches, listen
+
+if TYPE_CHECKING:
+    from las_fast.checkpoint import Loaded
+    from las_fast.data.dataset import SpeechDataset
+
+
+def decode_grid(
+    loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], ngram, device, backend: str = "auto"
+) -> list[list[str]]:
+    """Decode a dataset with each of the settings, which all have the same precision.
+
+    For ngram see load_ngram_model, for backend see beam_search.
+
+    Returns:
+        A list of texts, one per utterance, for each of the settings.
+    """
+    texts = [[""] * len(dataset) for _ in settings]
+    packed = packed_weights(loaded.model, settings[0], device, backend)
+
+    def decode(batch: Batch, bar: Progress) -> None:
+        memory = listen(loaded.model, batch.to(device), settings[0])
+        for texts_of_point, point in zip(texts, settings, strict=True):
+            hypotheses = beam_search(loaded.model, memory, point, ngram=ngram, packed=packed, backend=backend)
+            for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
+                texts_of_point[i] = loaded.vocabulary.decode(best.text_tokens)
+            bar.update(len(batch.indices))  # those of a batch that is halved count twice
+
+    with progress(len(dataset) * len(settings), "tuning", "utterances") as bar:
+        for _ in decode_batches(partial(decode, bar=bar), dataset, loaded.vocabulary, settings[0]):
+            pass
+    return texts
