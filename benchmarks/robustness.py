@@ -3,7 +3,7 @@
     python -m benchmarks.robustness --checkpoint RUN|NAME [...] --data ROOT [--ways greedy best] [--record]
 
 The recipe changes the waveform, before everything that las_fast does to it. Its random numbers are seeded by the
-condition and the id of the utterance, so checkpoints of one sample rate hear the same from the same utterances. SNR is
+condition and the id of the utterance, so checkpoints with the same sample rate get the same audio. SNR is
 the ratio of the mean power of the speech, pauses excluded, to that of the noise.
 
     20, 10, 5 dB   noise whose power falls with frequency to the power 0 (white) to 2 (brown), drawn per utterance
@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
         cers |= measure_rate(same, utterances, groups, conditions, several=len(entries) > 1)
     print(f"{len(utterances)} utterances of {options.split}")
     if len(rates) > 1:
-        print(f"checkpoints with different sample rates, {', '.join(map(str, rates))} Hz, hear different noise")
+        print(f"checkpoints with different sample rates, {', '.join(map(str, rates))} Hz, get different noise")
     shape = {"checkpoints": [entry.label for entry in entries], "conditions": conditions, "names": list(groups)}
     print("\n\n".join(markdown(cers, way, **shape) for way in entries[0].ways))
     if options.record:

@@ -1,7 +1,7 @@
 """The mean of the weights of several checkpoints (Wortsman et al. 2022, "Model soups").
 
-It suits checkpoints of one training, and of trainings that began with the same weights, or one with the other's.
-Elsewhere it gives noise, because the units of two trainings from random weights have nothing in common.
+Use it for checkpoints of one training, or of trainings that started from the same weights or from each other. The mean
+of others is useless, because the units of two trainings from random weights have nothing in common.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class AugmentConfig:
     silence, room, noise, babble and band_limit need log-mel features computed from recordings.
     """
 
-    # epochs before everything but speed starts: attention forms sooner without them
+    # epoch at which all of these but speed start: attention forms sooner without them
     start_epoch: float = 0.0
     time_masks: int = number(2, at_most=1000)  # masks per utterance over spans of time
     time_width: int = 40  # widest time mask, feature frames
@@ -193,8 +193,8 @@ class ModelConfig:
     speller: SpellerConfig = field(default_factory=SpellerConfig)
     # BiLSTM that carries a CTC head: 0 the first, i the i-th pyramid, then the top layers; -1: no head
     ctc_layer: int = number(-1, at_least=-1)
-    # BiLSTM below it that carries a second CTC head, which only training uses: a head on the top layer learns sooner
-    # with it; -1: none
+    # lower BiLSTM with a second CTC head, which only training uses: the head on the top layer learns sooner with it;
+    # -1: none
     inner_ctc_layer: int = number(-1, at_least=-1)
 
 
@@ -428,7 +428,8 @@ def _training_rules(config: Config) -> list[Rule]:
     return [
         (
             augment.splice == 0 or augment.splice_epoch < training.epochs,
-            f"augment.splice_epoch must be below training.epochs ({training.epochs}); got {augment.splice_epoch}",
+            f"augment.splice_epoch must be below training.epochs ({training.epochs}); got {augment.splice_epoch}; "
+            "lower it, or set augment.splice to 0",
         ),
         (
             not (data.dev and data.dev_share),

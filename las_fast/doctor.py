@@ -1,6 +1,6 @@
 """python -m las_fast.doctor: check the installation and the machine, and say what would make them better.
 
-It works without torch and without the C++ extension. The exit status is 0 even if something could be better.
+It works without torch and without the C++ extension. The exit status is 0 even if a check has advice.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def table(findings: dict[str, Finding]) -> str:
         if advice:
             lines.append(f"{'':<14}-> {advice}")
     count = sum(bool(advice) for _, advice in findings.values())
-    return "\n".join(
-        [*lines, "", f"{count} of {len(findings)} could be better" if count else "nothing could be better"]
-    )
+    return "\n".join([*lines, "", f"{count} of {len(findings)} checks have advice" if count else "no problems found"])
 
 
 # ----------------------------------------------------------------------------------------------------------- Software

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_suffix(out: Path, kind: str) -> None:
-    """Raise InputError if the output has not the suffix of its format."""
+    """Raise InputError if the output does not have the suffix of its format."""
     suffix = out.suffix.lower()
     for other in FORMATS:
         if other != kind and suffix == f".{other}":
@@ -177,7 +177,7 @@ def check_companions(out: Path, loaded: Loaded) -> None:
 
 
 def check_no_other_lm(out: Path, checkpoint: Path) -> None:
-    """Raise InputError if the output would use a language model that the checkpoint has not."""
+    """Raise InputError if the output would use a language model that the checkpoint does not have."""
     other = lm_path_for(out)
     if os.path.isfile(other) and not os.path.isfile(lm_path_for(checkpoint)):
         raise InputError(not_of_this_checkpoint(out, other, lm_path_for(checkpoint)))

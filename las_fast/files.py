@@ -25,7 +25,7 @@ FORMER_NAMES = {"speech13h": "english"}  # of released models, with the models t
 NAME_MAX = 255  # bytes of a file name on most file systems
 FIRST_LINE_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
-AMPLE_BYTES = 2**30  # free on a disk that is not full, whatever failed
+AMPLE_BYTES = 2**30  # with this much free space, a failed write is not due to a full disk
 KNOWN_SUFFIXES = {  # an output of another kind must not have one of these
     *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".srt", ".vtt", ".html", ".md", ".yaml", ".yml", ".pdf"),
     *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".mp4", ".aiff", ".au", ".w64", ".webm"),
@@ -188,7 +188,7 @@ def prepare_output_file(
     length = len(os.fsencode(path.name))
     if length > NAME_MAX:
         raise InputError(f"{option}: the name {path.name[:20]}... has {length} bytes; give one of at most {NAME_MAX}")
-    # Of a link, the folder of its target: the file is written there.
+    # A link is followed: the file is written to the folder of its target.
     folder = Path(os.path.realpath(path)).parent if os.path.islink(path) else path.parent
     make_folder(folder, option)
     if os.path.isdir(path):

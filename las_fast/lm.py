@@ -15,8 +15,8 @@ occurrences in the text; at lower orders, the distinct tokens before the n-gram.
 order with count i.
 
 --prune N leaves out n-grams of 4 and more tokens that occur fewer than N times. Their probability goes to shorter ones.
---weights counts each text several times. --exclude leaves out every sentence that overlaps with a text that the model
-is to be tuned or tested on: it is one of its sentences, or has six words in a row in common with one.
+--weights counts each text several times. --exclude leaves out every sentence that overlaps with a text for tuning
+or testing: one that occurs in that text, or shares six consecutive words with one of its sentences.
 
 --subtract names the transcripts that the recogniser was trained on: it has learned their language, so the search should
 not count it again. The file then holds log p(w | h) - weight * log q(w | h), with q a model of the transcripts (density

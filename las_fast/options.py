@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
 
     def _sentence(self, message: str) -> str:
         if file := next(filter(_is_dashed_file, itertools.takewhile(lambda word: word != "--", self._words)), ""):
-            return f"{file} is taken for an option because it begins with -; write ./{file}"
+            return f"{file} begins with -, so it is read as an option; write ./{file}"
         if match := re.match(r"the following arguments are required: (.*)", message):
             if wrong := self._misspelt():
                 return self.unknown_option(wrong)

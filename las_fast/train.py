@@ -281,7 +281,7 @@ def note_warmup(trainer: Trainer) -> None:
     steps = min(end - start for start, end in pairwise(ends))
     if (used := warmup_steps(training, steps)) < training.warmup_steps:
         whole, wanted = "cycle" if training.restarts else "run", training.warmup_steps
-        print(f"warm-up: {used} of {steps} steps, a tenth of the {whole}, not the {wanted} of the settings")
+        print(f"warm-up: shortened from {wanted} to {used} steps, a tenth of the {steps} of the {whole}")
 
 
 def warn_too_fast(name: str, data: SpeechDataset) -> None:

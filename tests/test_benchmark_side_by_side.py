@@ -290,7 +290,7 @@ def test_recordings_are_read_and_changed_once_per_sample_rate(corpus, monkeypatc
     assert sorted(read) == [8000] * 4 + [16000] * 4
     assert sorted(heard) == sorted((rate, c, i) for rate in (8000, 16000) for c in ("10 dB", "clean") for i in range(4))
     printed = capsys.readouterr().out
-    assert "checkpoints with different sample rates, 8000, 16000 Hz, hear different noise" in printed
+    assert "checkpoints with different sample rates, 8000, 16000 Hz, get different noise" in printed
     assert [line[1] for line in cells(printed)[1:5]] == ["bare", "narrow", "ctc", "change"]
 
 

@@ -65,9 +65,9 @@ def test_a_check_that_fails_does_not_stop_the_others(monkeypatch):
 def test_advice_stands_below_its_line_and_is_counted():
     findings = {"a": doctor.Finding("there"), "b": doctor.Finding("gone", "get it")}
     assert doctor.table(findings).splitlines() == [
-        "a             there", "b             gone", "              -> get it", "", "1 of 2 could be better"
+        "a             there", "b             gone", "              -> get it", "", "1 of 2 checks have advice"
     ]  # fmt: skip
-    assert doctor.table({"a": doctor.Finding("there")}).endswith("\n\nnothing could be better")
+    assert doctor.table({"a": doctor.Finding("there")}).endswith("\n\nno problems found")
 
 
 def test_the_readme_quotes_a_table_of_all_areas():

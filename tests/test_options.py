@@ -105,7 +105,7 @@ def test_a_file_whose_name_begins_with_a_dash_needs_a_folder_before_it(tmp_path,
     for here in ("-here", "--here"):
         (tmp_path / here).touch()
     message = error_of(capsys, importlib.import_module(f"las_fast.{name}").main, argv)
-    assert message == f"{file} is taken for an option because it begins with -; write ./{file}"
+    assert message == f"{file} begins with -, so it is read as an option; write ./{file}"
 
 
 @pytest.mark.parametrize(

@@ -346,8 +346,8 @@ def test_initial_weights_are_loaded_only_by_a_new_training(archive, tmp_path, mo
 @pytest.mark.parametrize(
     ("warmup", "restarts", "note"),
     [
-        (200, [], "warm-up: 1 of 16 steps, a tenth of the run, not the 200 of the settings"),
-        (2, ["2"], "warm-up: 0 of 8 steps, a tenth of the cycle, not the 2 of the settings"),
+        (200, [], "warm-up: shortened from 200 to 1 steps, a tenth of the 16 of the run"),
+        (2, ["2"], "warm-up: shortened from 2 to 0 steps, a tenth of the 8 of the cycle"),
         (1, [], ""),
     ],
 )

@@ -1,4 +1,4 @@
-"""Add silence, rooms, noise, babble and limited bands to raw log-mel frames, as if the recording had been like that.
+"""Add silence, rooms, noise, babble and limited bands to raw log-mel frames, as if it had been recorded so.
 
 The feature cache has no waveforms, so the changes are made to the power in each mel filter. This is nearly what they
 would be on the waveform, because the powers of independent sounds add:

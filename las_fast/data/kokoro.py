@@ -243,8 +243,8 @@ def _check_amount(out: Path, sentences: int, count: int, seconds: float, total: 
                          "no digits or signs, no overlap with --exclude, and a sound; give other text and a new "
                          "folder")  # fmt: skip
     if seconds < total:
-        raise InputError(f"the text suffices for {seconds / 3600:.2f} hours, which {out} has now, not for "
-                         f"{total / 3600:g}; for more, give more text and a new folder")  # fmt: skip
+        raise InputError(f"the text ran out: {out} has {seconds / 3600:.2f} of the {total / 3600:g} hours; for "
+                         f"more, give more text and a new folder")  # fmt: skip
 
 
 def _write_audio(path: Path, wave: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What two datasets share: recordings, utterances or texts. Dev scores on it say nothing about new speech."""
+"""What two datasets share: recordings, utterances or texts. Dev scores on it say little about other speech."""
 
 from __future__ import annotations
 

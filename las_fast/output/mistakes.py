@@ -119,8 +119,8 @@ def count_confusions(rows: Iterable[Decoded]) -> Counter[tuple[str, str]]:
     counts: Counter[tuple[str, str]] = Counter()
     for row in rows:
         for kind, i, j in editops(row.reference, row.hypothesis):
-            said = "" if kind == "insert" else row.reference[i]
-            counts[said, "" if kind == "delete" else row.hypothesis[j]] += 1
+            reference = "" if kind == "insert" else row.reference[i]
+            counts[reference, "" if kind == "delete" else row.hypothesis[j]] += 1
     return counts
 
 
@@ -131,18 +131,17 @@ def confusions(rows: Sequence[Decoded]) -> str:
         return ""
     total, highest = counts.total(), max(counts.values())
     lines = []
-    for (said, written), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]:
+    for (reference, recognised), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]:
         bar = f'<span class="bar" style="width: {100 * count / highest:.0f}%"></span>'
         lines.append(
-            f'<tr><td class="name">{_character(said)}</td><td class="name">{_character(written)}</td>'
+            f'<tr><td class="name">{_character(reference)}</td><td class="name">{_character(recognised)}</td>'
             f'<td class="rate">{count:,}</td><td class="rate">{100 * count / total:.1f} %</td>'
             f'<td class="full">{bar}</td></tr>'
         )
-    head = (
-        '<tr><th>said</th><th>written</th><th class="rate">times</th><th class="rate">of all edits</th><th></th></tr>'
-    )
+    titles = '<th>reference</th><th>recognised</th><th class="rate">times</th><th class="rate">of all edits</th>'
     intro = f"<p>The {len(lines)} most frequent of {len(counts):,} kinds of character edits, {total:,} in all.</p>"
-    return f'<h2>Confused characters</h2>{intro}<div class="wide"><table>{head}{"".join(lines)}</table></div>'
+    table = f"<table><tr>{titles}<th></th></tr>{''.join(lines)}</table>"
+    return f'<h2>Confused characters</h2>{intro}<div class="wide">{table}</div>'
 
 
 def _character(character: str) -> str:

@@ -57,7 +57,8 @@ def fit_restarts(config: Config, user_set: Collection[str]) -> Config:
         return config
     restarts = tuple(epoch for epoch in training.restarts if epoch < training.epochs)
     if dropped := training.restarts[len(restarts) :]:
-        print(f"restarts: none at epoch {', '.join(map(str, dropped))}, because the training ends at {training.epochs}")
+        epochs = ", ".join(map(str, dropped))
+        print(f"restarts: dropped at epoch {epochs}, because the training ends at epoch {training.epochs}")
     return replace(config, training=replace(training, restarts=restarts))
 
 
@@ -93,12 +94,12 @@ def fit_augment(config: Config, corpus: Corpus, user_set: Collection[str]) -> Co
 
 
 def describe_warp(config: Config, kind: str) -> None:
-    """Print what augment.warp takes the MFCC of an archive for. kind is that of the corpus."""
+    """Print the settings that augment.warp assumes for the MFCC of an archive. kind is that of the corpus."""
     features = config.features
     if config.augment.warp and kind == "features" and features.kind == "mfcc":
         print(
-            f"augment.warp: the data is taken for MFCC of {features.mel_bins} mel filters, liftered with "
-            f"{features.lifter:g}; if that is wrong, set --features.mel-bins and --features.lifter (0: none)"
+            f"augment.warp: assumes MFCC of {features.mel_bins} mel filters with a lifter of {features.lifter:g} (0: "
+            "none); if that is wrong, set --features.mel-bins and --features.lifter"
         )
 
 

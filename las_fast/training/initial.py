@@ -16,7 +16,7 @@ class Initial(NamedTuple):
 
     weights: dict[str, Tensor]  # a state_dict
     new: list[str]  # modules that keep their random weights
-    unused: list[int]  # BiLSTMs of the checkpoint with a CTC head that the model has not
+    unused: list[int]  # BiLSTMs of the checkpoint with a CTC head that the model does not have
 
 
 def initial_weights(model: LAS, given: LAS) -> Initial:

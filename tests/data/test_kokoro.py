@@ -355,7 +355,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 def test_texts_that_do_not_suffice_are_an_error_with_what_there_is(tmp_path):
-    with pytest.raises(InputError, match=r"suffices for 0.00 hours, which .* has now, not for 0.1; for more, give"):
+    with pytest.raises(InputError, match=r"the text ran out: .* has 0.00 of the 0.1 hours; for more, give"):
         make(tmp_path / "a", texts=TEXTS[:3], seconds=360)
     assert len(open_corpus(tmp_path / "a").utterances("train")) == 3
     with pytest.raises(InputError, match="none of the 1 sentences can be used"):

@@ -188,7 +188,7 @@ async function showAttention(box, segment, recording) {
     if (!response.ok) throw new Error(await errorOf(response));
     const row = await response.json();
     const caption = "Attention: each row is a character of the text, each column a moment of the segment. " +
-      "The model wrote the character mostly from the bright moments.";
+      "Bright: the audio the model attended to while writing the character.";
     figure.replaceChildren(picture(row), element("figcaption", caption));
   } catch (error) {
     figure.replaceChildren(`The attention could not be computed: ${error.message}`);
