@@ -179,15 +179,18 @@ def _info(text: str, path: Path) -> dict:
     raise InputError(f"{path} is damaged: its training information is not JSON; train again or copy it again")
 
 
-def load_weights(model: LAS, weights: dict, path: str | Path) -> None:
-    """Copy a state_dict into the model; raise InputError that names the first tensor that does not fit."""
+def load_weights(model: LAS, weights: dict, path: str | Path, advice: str = "") -> None:
+    """Copy a state_dict into the model; raise InputError that names the first tensor that does not fit.
+
+    advice: what to do then (default: use the settings of the run).
+    """
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         shapes = [tuple(x[name].shape) if name in x else "none" for x in (expected, weights)]
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"{path} does not fit the settings: {name} should be {shapes[0]}, but the file has {shapes[1]}; "
-                "use the config.yaml in the same folder"
+                f"{advice or 'use the config.yaml in the same folder'}"
             )
     model.load_state_dict(weights)
 

@@ -399,6 +399,10 @@ def _model_rules(config: Config) -> list[Rule]:
         (training.guided_frames == 0 or has_ctc, f"training.guided_frames {NEEDS_CTC_HEAD}"),
         (config.decoding.ctc_weight == 0 or has_ctc, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
         (config.augment.splice == 0 or has_ctc, f"augment.splice {NEEDS_CTC_HEAD}"),
+        (
+            training.guided_frames == 0 or training.guided_weight == 0 or training.ctc_weight > 0,
+            "training.guided_frames needs training.ctc_weight above 0, which trains the CTC head; set one of them",
+        ),
         (len(model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must have at least one cell"),
     ]
 
@@ -426,6 +430,10 @@ def _feature_rules(config: Config) -> list[Rule]:
 def _training_rules(config: Config) -> list[Rule]:
     training, data, augment = config.training, config.data, config.augment
     return [
+        (
+            augment.join == 0 or " " in data.characters,
+            "augment.join joins transcripts by a space, which data.characters lacks; add it, or set augment.join to 0",
+        ),
         (
             augment.splice == 0 or augment.splice_epoch < training.epochs,
             f"augment.splice_epoch must be below training.epochs ({training.epochs}); got {augment.splice_epoch}; "

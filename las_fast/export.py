@@ -14,7 +14,6 @@ the speller. las_fast/deploy/onnx_greedy.py runs them without PyTorch.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from las_fast.errors import InputError
 from las_fast.files import prepare_output_file, safetensors_format
 from las_fast.options import Parser, as_file, parse_settings
 from las_fast.search.ngram import lm_path_for
+from las_fast.system import is_installed
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from torch import Tensor
@@ -101,7 +101,7 @@ def check_suffix(out: Path, kind: str) -> None:
 
 def check_onnx_out(out: Path, loaded: Loaded, inputs: Sequence[Path]) -> None:
     """Raise InputError if the package onnx is missing, or an output would replace an input or an unrelated file."""
-    if importlib.util.find_spec("onnx") is None:
+    if not is_installed("onnx"):
         raise InputError("--format onnx needs the package onnx; run: pip install onnx")
     for path in onnx_paths(out).values():
         prepare_output_file(

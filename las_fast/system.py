@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import shutil
@@ -29,6 +30,12 @@ def cores() -> int:
 def compiler() -> str:
     """Return the name of the C++ compiler that builds the extension."""
     return (os.environ.get("CXX", "").split() or ["c++"])[0]
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed; a folder of its name, which is a namespace package, is not."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def missing_for_build() -> tuple[str, str] | None:

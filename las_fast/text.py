@@ -72,10 +72,12 @@ def normalise_text(text: str, characters: str = CHARACTERS) -> str:
     """Map text onto a vocabulary's characters.
 
     Letters take the vocabulary's case, accents are removed, ligatures are written out, and typographic apostrophes
-    become plain. Everything else becomes a space, digits included (see has_lost_digits). Runs of spaces become one.
+    become plain. Everything else becomes a space, digits included (see has_lost_digits). Runs of spaces become one, or
+    none if the vocabulary has no space.
     """
     text = to_case(unicodedata.normalize("NFC", text), characters)
-    return " ".join("".join(c if c in characters else _map(c, characters) for c in text).split())
+    space = " " if " " in characters else ""
+    return space.join("".join(c if c in characters else _map(c, characters) for c in text).split())
 
 
 def has_lost_digits(text: str, characters: str = CHARACTERS) -> bool:

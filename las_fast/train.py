@@ -32,8 +32,8 @@ from las_fast.training.adapt import (
     dev_splits,
     extra_splits,
     fit_augment,
+    fit_epochs,
     fit_features,
-    fit_restarts,
     inherit_lm,
     training_splits,
 )
@@ -78,7 +78,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     options.user_set |= parser.user_set
     if options.on_bad:
         config = replace(config, data=replace(config.data, on_bad=options.on_bad))
-    return options, check(fit_restarts(config, options.user_set))
+    return options, check(fit_epochs(config, options.user_set))
 
 
 def starting_settings(options: argparse.Namespace) -> Config:
@@ -91,7 +91,7 @@ def starting_settings(options: argparse.Namespace) -> Config:
 
 def finetuned_settings(options: argparse.Namespace) -> Config:
     """Return the settings that --config finetune starts from: those of --init, or with --resume those of the run."""
-    if options.resume and (options.out / CONFIG).is_file():
+    if options.resume and options.out and (options.out / CONFIG).is_file():  # --help does not need --out
         return load_config(options.out / CONFIG)
     if not options.init:
         raise InputError(f"--config {FINETUNE} needs --init, the model to start from, such as --init english")
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.resume:
             trainer.resume()
         elif init:
-            trainer.load_initial_weights(init.model, init.path)
+            trainer.start_from(init)
             inherit_lm(init, config, options.out)
         write_text_atomically(options.out / CONFIG, to_yaml(config))
         print_summary(trainer)
@@ -202,7 +202,7 @@ def check_nothing_is_replaced(out: Path) -> None:
     """Raise InputError if a folder without last.pt holds files that a training would overwrite."""
     weights = [name for name in (BEST, AVERAGED) if os.path.isfile(out / name)]
     if weights:
-        raise InputError(f"--out {out} holds {weights[0]} of another training; choose another --out or remove it")
+        raise InputError(f"--out {out} holds {weights[0]} without {LAST}; choose another --out or remove it")
     settings = out / CONFIG
     if not os.path.isfile(settings):
         return

@@ -14,6 +14,7 @@ import pytest
 from las_fast import config as module
 from las_fast import options
 from las_fast.config import (
+    AugmentConfig,
     Config,
     DataConfig,
     DecodingConfig,
@@ -321,6 +322,16 @@ def layers(channels=1, kernels=1, strides=1):
             r"model.inner_ctc_layer must be below model.ctc_layer \(2\), or -1 for none; got 2",
         ),
         ({"features": FeatureConfig(deltas=2)}, {"features": FeatureConfig(deltas=3)}, "deltas must be 0, 1 or 2"),
+        (
+            {"augment": AugmentConfig(join=0.5)},
+            {"augment": AugmentConfig(join=0.5), "data": DataConfig(characters="AB")},
+            "augment.join joins transcripts by a space, which data.characters lacks",
+        ),
+        (
+            {"training": TrainingConfig(ctc_weight=1.0, guided_frames=8.0), "model": ModelConfig(ctc_layer=0)},
+            {"training": TrainingConfig(guided_frames=8.0, guided_weight=1.0), "model": ModelConfig(ctc_layer=0)},
+            "training.guided_frames needs training.ctc_weight above 0",
+        ),
         (
             {"training": TrainingConfig(ctc_weight=1.0), "model": ModelConfig(ctc_layer=0)},
             {"training": TrainingConfig(ctc_weight=1.0)},

@@ -214,7 +214,7 @@ def test_gpus_are_listed_with_their_memory_and_triton_is_asked_for(monkeypatch):
     card = SimpleNamespace(name="H100", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
     assert doctor.check_gpu() == ("H100 (80 GiB), H100 (80 GiB)", "")
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "is_installed", lambda name: False)
     state, advice = doctor.check_backends()
     assert state.startswith("reference for ") and advice == "run: pip install triton"
 

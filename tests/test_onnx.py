@@ -334,7 +334,7 @@ def test_an_earlier_export_is_replaced_and_another_file_is_not(tmp_path):
 
 
 def test_a_missing_onnx_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(export, "is_installed", lambda name: False)
     with pytest.raises(InputError, match="--format onnx needs the package onnx; run: pip install onnx"):
         run_export(make_checkpoint(tmp_path), tmp_path / "a.onnx", "--format", "onnx")
 

@@ -123,3 +123,11 @@ def test_decoding_commands_return_large_blocks_to_the_system(module, monkeypatch
     with pytest.raises(SystemExit):
         module.main(["--help"])
     assert calls == [module]
+
+
+def test_a_folder_is_not_an_installed_package(monkeypatch, tmp_path):
+    """A folder wandb, which wandb writes, is a namespace package to Python."""
+    (tmp_path / "some_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert __import__("some_folder") and not system.is_installed("some_folder")
+    assert system.is_installed("pytest") and not system.is_installed("no_such_package")

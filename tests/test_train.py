@@ -635,7 +635,7 @@ def test_wandb_without_the_package_says_how_to_install_it(archive, tmp_path, mon
 
 def test_a_resumed_training_continues_its_wandb_run(archive, tmp_path, monkeypatch):
     ids, wandb = [], ModuleType("wandb")
-    wandb.__spec__ = ModuleSpec("wandb", None)
+    wandb.__spec__ = ModuleSpec("wandb", None, origin="wandb.py")
     wandb.api, wandb.log, wandb.finish = SimpleNamespace(api_key=None), lambda scalars, step: None, lambda: None
     wandb.init = lambda **options: ids.append(options["id"]) or wandb
     monkeypatch.setitem(sys.modules, "wandb", wandb)

@@ -87,7 +87,7 @@ def test_weights_of_another_training_are_not_overwritten(tmp_path, name):
     (tmp_path / "last.pt.d").mkdir()
     train.check_nothing_is_replaced(tmp_path)
     (tmp_path / name).touch()
-    with pytest.raises(InputError, match=f"--out {tmp_path} holds {name} of another training; choose another"):
+    with pytest.raises(InputError, match=f"--out {tmp_path} holds {name} without last.pt; choose another"):
         train.check_nothing_is_replaced(tmp_path)
 
 
@@ -324,7 +324,7 @@ def test_a_training_is_complete_only_after_its_last_validation(archive, tmp_path
 
 def test_initial_weights_are_loaded_only_by_a_new_training(archive, tmp_path, monkeypatch, began):
     taken = []
-    monkeypatch.setattr(Trainer, "load_initial_weights", lambda self, model, path: taken.append(path))
+    monkeypatch.setattr(Trainer, "start_from", lambda self, init: taken.append(init.path))
     monkeypatch.setattr(Trainer, "resume", lambda self: taken.append("resumed"))
     path = make_checkpoint(tmp_path, sections={"features": train.load_config("tiny").features})
     train.main(command(archive, tmp_path / "a", "--init", str(path)))

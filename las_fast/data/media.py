@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from las_fast.data.containers import Source, Stream, foreign_format
 from las_fast.data.decoder import UNKNOWN_COUNT, SoundStream
+from las_fast.system import is_installed
 
 INSTALL = "pip install av"
 # Names of foreign_format -> FFmpeg's demuxers. Without a name FFmpeg would try all demuxers, among them those of
@@ -37,7 +37,7 @@ RAW = frozenset(("aac", "ac3", "amr"))  # demuxers of files that state no durati
 
 
 def has_pyav() -> bool:
-    return importlib.util.find_spec("av") is not None
+    return is_installed("av")
 
 
 def open_sound(source: Source, stream: Stream) -> SoundStream | MediaStream:

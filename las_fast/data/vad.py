@@ -21,6 +21,7 @@ from las_fast.config import VADS, FeatureConfig
 from las_fast.data.features import frame_sizes
 from las_fast.data.silence import DECIBEL, band_energy, find_speech, true_runs
 from las_fast.errors import InputError
+from las_fast.system import is_installed
 
 RATE = 16_000  # Hz
 WINDOW, CONTEXT = 512, 64  # samples of a window; samples before it that the network takes too
@@ -169,11 +170,12 @@ def _resampler(rate: int) -> Callable[[np.ndarray, bool], np.ndarray]:
 @cache
 def load_network() -> Any:
     """Return silero-vad's network for many windows per call, as an onnxruntime session; InputError if it is missing."""
-    package = importlib.util.find_spec("silero_vad")  # importing it would set torch's number of threads to 1
-    if package is None or not package.submodule_search_locations or not importlib.util.find_spec("onnxruntime"):
-        missing = "onnxruntime" if package else "silero-vad"
-        raise InputError(f"vad 'silero' needs the package {missing}; run: pip install silero-vad onnxruntime")
-    path = Path(package.submodule_search_locations[0], "data", MODEL)
+    for name, package in (("silero_vad", "silero-vad"), ("onnxruntime", "onnxruntime")):
+        if not is_installed(name):
+            raise InputError(f"vad 'silero' needs the package {package}; run: pip install silero-vad onnxruntime")
+    spec = importlib.util.find_spec("silero_vad")  # importing it would set torch's number of threads to 1
+    assert spec is not None and spec.origin is not None
+    path = Path(spec.origin).parent / "data" / MODEL
     if not path.is_file():
         raise InputError("this version of silero-vad is too old; run: pip install --upgrade 'silero-vad>=6.2.3'")
     import onnxruntime

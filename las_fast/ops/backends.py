@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from las_fast.errors import SlowPathWarning
+from las_fast.system import is_installed
 
 BACKENDS = ("reference", "fused", "cpp", "triton")  # fused: PyTorch calls arranged for speed
 FLOAT32, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
@@ -90,7 +90,7 @@ def _triton_problem() -> str | None:
         return "there is no CUDA device here. Use backend='auto'"
     if torch.version.hip:
         return "the Triton kernels are for NVIDIA GPUs only. Use backend='auto'"
-    if importlib.util.find_spec("triton") is None:
+    if not is_installed("triton"):
         return "triton is not installed. Run: pip install triton"
     return None
 

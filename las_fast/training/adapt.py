@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Collection, Sequence
@@ -15,6 +14,7 @@ from las_fast.data.corpus import Corpus, role_of
 from las_fast.errors import InputError
 from las_fast.files import AVERAGED, BEST, write_atomically
 from las_fast.search.ngram import lm_path_for
+from las_fast.system import is_installed
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.checkpoint import Loaded
@@ -43,17 +43,32 @@ def check_one_process() -> None:
 
 def check_packages(config: Config) -> None:
     """Raise InputError if a package that the settings need is missing."""
-    if config.training.wandb and importlib.util.find_spec("wandb") is None:
+    if config.training.wandb and not is_installed("wandb"):
         raise InputError("--training.wandb needs the package wandb; run: pip install wandb")
 
 
-def fit_restarts(config: Config, user_set: Collection[str]) -> Config:
-    """Drop the preset's restarts at or after the last epoch, if the user has set the epochs but not the restarts.
+def fit_epochs(config: Config, user_set: Collection[str]) -> Config:
+    """Drop what the preset does at or after the last epoch, restarts and splice, if the user has set the epochs.
 
-    What is dropped is printed. user_set: names of the settings that the user has set.
+    What is dropped is printed. user_set: names of the settings that the user has set; these do not change.
     """
+    if "training.epochs" not in user_set:
+        return config
+    return _fit_splice(_fit_restarts(config, user_set), user_set)
+
+
+def _fit_splice(config: Config, user_set: Collection[str]) -> Config:
+    augment, epochs = config.augment, config.training.epochs
+    is_set = "augment.splice" in user_set or "augment.splice_epoch" in user_set
+    if not augment.splice or augment.splice_epoch < epochs or is_set:
+        return config
+    print(f"augment.splice: 0, because the training ends at epoch {epochs}, before epoch {augment.splice_epoch}")
+    return replace(config, augment=replace(augment, splice=0.0))
+
+
+def _fit_restarts(config: Config, user_set: Collection[str]) -> Config:
     training = config.training
-    if "training.epochs" not in user_set or "training.restarts" in user_set:
+    if "training.restarts" in user_set:
         return config
     restarts = tuple(epoch for epoch in training.restarts if epoch < training.epochs)
     if dropped := training.restarts[len(restarts) :]:

@@ -156,32 +156,44 @@ class Learner:
         """Update the weights, or skip the step if the gradient norm is not finite."""
         self.settle()
         self.consistent = False
-        if self.reads_late:
-            finite = norm.isfinite()
-            # The fused kernel skips the update if this is 1.
-            self.optimiser.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
-            self.optimiser.step()
-            self.pending = PendingFlag(finite)
-            taken = False  # not known before `settle`
-        else:
-            taken = math.isfinite(float(norm))
-            if taken:
-                self.scaler.step(self.optimiser)
-            self._count(taken)
+        step = self._step_unread if self.reads_late else self._step
+        taken = step(norm)
         self.scaler.update()  # lowers the scale if unscale_ found a value that is not finite
         self.progress.step += 1
-        if taken and self.averaged is not None:
-            self._average()
+        if taken is not None:
+            self._finish(taken)
         self.consistent = True
 
+    def _step(self, norm: Tensor) -> bool:
+        """Update the weights if the norm is finite; return whether it is."""
+        taken = math.isfinite(float(norm))
+        if taken:
+            self.scaler.step(self.optimiser)
+        return taken
+
+    def _step_unread(self, norm: Tensor) -> bool | None:
+        """Update the weights on the device if the norm is finite; return None, because `settle` reads that later."""
+        finite = norm.isfinite()
+        # The fused kernel skips the update if this is 1.
+        self.optimiser.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+        self.optimiser.step()
+        self.pending = PendingFlag(finite)
+        return None
+
     def settle(self) -> None:
-        """Read whether the latest step was taken, if that is pending, and if so average its weights."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            taken = pending.read()
-            self._count(taken)
-            if taken and self.averaged is not None:
-                self._average()
+        """Read whether the latest step was taken, if that is pending, and finish it."""
+        if self.pending is None:
+            return
+        taken = self.pending.read()  # a signal may come here: then it is read again
+        self.consistent, self.pending = False, None
+        self._finish(taken)
+        self.consistent = True
+
+    def _finish(self, taken: bool) -> None:
+        """Count a step, and average its weights if it was taken."""
+        self._count(taken)
+        if taken and self.averaged is not None:
+            self._average()
 
     def _count(self, taken: bool) -> None:
         """Count skipped steps in a row; raise Diverged at MAX_SKIPPED_STEPS."""

@@ -19,6 +19,7 @@ from las_fast.data.augment import Augment
 from las_fast.data.batching import TRAINING_FRAME_MULTIPLE, Batch, make_loader, plan_curriculum
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
+from las_fast.data.normalisation import Statistics
 from las_fast.data.splice import Splice, WordTable
 from las_fast.errors import InputError, explain_error, is_out_of_memory
 from las_fast.model.las import LAS
@@ -26,6 +27,7 @@ from las_fast.progress import Progress as ProgressBar
 from las_fast.progress import write
 from las_fast.text import Vocabulary
 from las_fast.training import monitor
+from las_fast.training.adapt import FINETUNE
 from las_fast.training.align import align_words
 from las_fast.training.initial import initial_weights
 from las_fast.training.pace import Pace
@@ -96,6 +98,8 @@ class Trainer(Learner):
         try:
             self.pace, self._saved_at = Pace(), time.monotonic()
             if self.validation_due:
+                if not self.progress.step:
+                    self._splice_of(0)  # may refuse the training, before anything is saved
                 self._validate_and_save(bar)
             while self.progress.step < self.steps:
                 self._train_epoch(bar)
@@ -210,9 +214,7 @@ class Trainer(Learner):
         splice, total = Splice(self.train_data, table), len(table.utterances)
         self.pace.exclude(time.perf_counter() - start)
         write(f"augment.splice: {total} words aligned; the CTC head is sure of {splice.candidates}")
-        advice = (
-            "raise --augment.splice-epoch, so that it learns more before, or start from a trained model with --init"
-        )
+        advice = "raise --augment.splice-epoch, so that it learns more before, or give --augment.splice 0"
         if not splice.candidates and not self.progress.step:
             raise InputError(f"augment.splice: the CTC head is not sure of any of the {total} words; {advice}")
         if 2 * splice.candidates <= total:
@@ -230,7 +232,8 @@ class Trainer(Learner):
         if step == 0:
             return self.progress.validated < 0
         before, now = (int(self.curriculum.epochs(s) / every) for s in (step - 1, step))
-        return step == self.steps or now > before
+        cycles = map(self.curriculum.steps_before, self.config.training.restarts)
+        return now > before or step == self.steps or step in cycles  # at its end, a cycle has its lowest rate
 
     def _validate_and_save(self, bar: ProgressBar) -> None:
         self.settle()
@@ -321,20 +324,26 @@ class Trainer(Learner):
             if forecast := self.pace.forecast(self.steps - self.progress.step):
                 bar.write(forecast)
 
-    def load_initial_weights(self, model: LAS, path: Path) -> None:
+    def start_from(self, init: checkpoint.Loaded) -> None:
         """Start from the weights of a model of the same sizes, perhaps with fewer BiLSTMs or other CTC heads.
 
-        Modules that `model` lacks keep their random weights, and their names are printed. Errors and checkpoints name
-        `path`.
+        Modules that it lacks keep their random weights, and their names are printed. Its feature statistics, if it has
+        any, replace those of the data, which its weights do not know.
         """
-        initial = initial_weights(self.model, model)
+        path, initial = init.path, initial_weights(self.model, init.model)
         for target in filter(None, (self.model, self.averaged)):
-            checkpoint.load_weights(target, initial.weights, path)
+            checkpoint.load_weights(target, initial.weights, path, advice=f"give --config {FINETUNE}")
+        self._set_statistics(init.statistics)
         if initial.new:
             print(f"random weights: {', '.join(initial.new)}; the others are from {path}")
         for layer in initial.unused:
             print(f"weights: the CTC head on BiLSTM {layer} of {path} is not used")
         self.source = {**self.source, "init": path.name}
+
+    def _set_statistics(self, statistics: Statistics | None) -> None:
+        """Normalise the features with these statistics, if normalisation is global and there are any."""
+        if statistics is not None and self.config.features.normalisation == "global":
+            self.train_data.statistics = self.dev_data.statistics = statistics
 
     # State on disk
 
@@ -347,6 +356,7 @@ class Trainer(Learner):
     def state(self) -> dict:
         """Return the contents of last.pt."""
         self.settle()
+        statistics = self.train_data.statistics
         return {
             "settings": to_tree(self.config),
             "model": self.model.state_dict(),
@@ -356,6 +366,7 @@ class Trainer(Learner):
             "progress": asdict(self.progress),
             "core_seconds": 3600 * self.core_hours(),
             "init": self.source.get("init"),
+            "statistics": None if statistics is None else (statistics.mean, statistics.std),
             "data": fingerprint(self.train_data, self.dev_data),
         }
 
@@ -382,6 +393,8 @@ class Trainer(Learner):
         self.earlier_core_seconds = state["core_seconds"]
         if state.get("init"):  # earlier versions did not save it
             self.source = {**self.source, "init": state["init"]}
+        if state.get("statistics"):
+            self._set_statistics(Statistics(*state["statistics"]))
         self._convert_step(state["settings"]["data"])
 
     def _convert_step(self, saved: dict) -> None:

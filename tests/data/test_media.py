@@ -158,7 +158,7 @@ def test_a_damaged_packet_before_a_part_does_not_move_the_part(tmp_path):
 def test_without_pyav_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.m4a", tone(), "aac")
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setattr(media.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(media, "is_installed", lambda name: False)
     with pytest.raises(InputError, match=r"is MPEG-4 \(m4a, mp4, mov\), which needs PyAV; run: pip install av"):
         load_audio(path, 16000)
 

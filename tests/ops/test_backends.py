@@ -241,7 +241,7 @@ def test_sizes_beyond_a_backend_go_to_the_reference_or_are_refused(gpu):
 def test_triton_needs_an_nvidia_gpu_and_its_package(monkeypatch, cuda_available, hip, installed, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda_available)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: "spec" if installed else None)
+    monkeypatch.setattr(backends, "is_installed", lambda name: installed)
     problem = backends.unavailable("beam_topk", "triton")
     assert problem is None if message is None else problem.startswith(message)
 

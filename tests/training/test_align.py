@@ -206,3 +206,16 @@ def spelled(batch, vocabulary):
     return [
         vocabulary.decode(tokens[: n - 1].tolist()) for tokens, n in zip(batch.tokens, batch.token_lengths, strict=True)
     ]
+
+
+def test_a_model_that_is_sure_of_no_word_is_refused_before_anything_is_saved(trainer, monkeypatch):
+    trainer.config = replace(
+        trainer.config,
+        augment=replace(trainer.config.augment, splice_epoch=0),
+        training=replace(trainer.config.training, validate_first=True),
+    )
+    trainer.progress.validated = -1
+    monkeypatch.setattr(trainer_module, "align_words", lambda *_, **__: unsure(3))
+    with pytest.raises(InputError, match="not sure of any of the 3 words; raise .*, or give --augment.splice 0$"):
+        trainer.run()
+    assert not (trainer.out / "last.pt").exists()

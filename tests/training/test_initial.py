@@ -7,7 +7,7 @@ import torch
 from tiny_checkpoints import MODEL, make_trainer, small
 from tiny_corpora import make_archive
 
-from las_fast.checkpoint import load_weights
+from las_fast.checkpoint import Loaded, load_weights
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
 from las_fast.training.initial import initial_weights
@@ -97,7 +97,7 @@ def test_a_training_grows_a_model_and_its_average_alike(tmp_path, capsys):
     trainer = make_trainer(archive, tmp_path / "run", config)
     torch.manual_seed(5)
     given = LAS(replace(MODEL, ctc_layer=1), input_size=28, vocabulary_size=trainer.model.vocabulary_size)
-    trainer.load_initial_weights(given, tmp_path / "given.safetensors")
+    trainer.start_from(Loaded(given, config, trainer.vocabulary, None, tmp_path / "given.safetensors", {}))
     assert "random weights: listener.layers.2, listener.norms.2; the others are from" in (
         out := capsys.readouterr().out
     )

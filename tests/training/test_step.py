@@ -160,6 +160,19 @@ def test_a_step_read_late_is_averaged_before_the_next_update_and_before_a_save_o
     assert order[4:] == ["step", "average"] and trainer.pending is None
 
 
+def test_a_signal_during_the_late_read_loses_nothing(trainer):
+    trainer.reads_late = True
+    (batch, *_) = trainer._rest_of_epoch()
+    trainer.train_step(batch)
+    read, trainer.pending.read = trainer.pending.read, raising(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.settle()
+    assert trainer.consistent and trainer.progress.averaged_steps == 0
+    trainer.pending.read = read
+    trainer.state()
+    assert trainer.progress.averaged_steps == 1 and trainer.pending is None
+
+
 def test_with_late_reads_a_divergence_is_raised_one_step_later(trainer):
     trainer.reads_late = True
     (batch, *_) = trainer._rest_of_epoch()

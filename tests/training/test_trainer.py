@@ -14,8 +14,9 @@ from fakes import Curriculum, raising
 from tiny_checkpoints import bare_trainer, make_trainer, small
 
 from las_fast import progress
-from las_fast.checkpoint import load_model
+from las_fast.checkpoint import Loaded, load_model
 from las_fast.config import AugmentConfig
+from las_fast.data.normalisation import Statistics
 from las_fast.errors import InputError, Stopped
 from las_fast.output.metrics import Scores
 from las_fast.training import monitor
@@ -425,10 +426,37 @@ def test_the_state_holds_everything_of_a_training(archive, tmp_path):
 
 def test_initial_weights_are_loaded_into_both_models(trainer, archive, tmp_path):
     other = make_trainer(archive, tmp_path / "other", small(training=replace(small().training, seed=5)))
-    trainer.load_initial_weights(other.model, Path("there/best.safetensors"))
+    trainer.start_from(Loaded(other.model, other.config, other.vocabulary, None, Path("there/best.safetensors"), {}))
     for model in (trainer.model, trainer.averaged):
         assert all(map(torch.equal, model.parameters(), other.model.parameters()))
     assert trainer.source == {"kind": "features", "name": "HW4P2 F23", "init": "best.safetensors"}
+
+
+def test_a_model_with_global_normalisation_keeps_its_statistics_in_a_training_from_it(archive, tmp_path):
+    config = small(features=replace(small().features, normalisation="global"))
+    trainer = make_trainer(archive, tmp_path / "a", config)
+    size = trainer.train_data.raw(0).shape[1]
+    statistics = Statistics(torch.full((size,), 3.0), torch.full((size,), 2.0))
+    init = Loaded(trainer.model, config, trainer.vocabulary, statistics, Path("init.safetensors"), {})
+    assert not torch.equal(trainer.train_data.statistics.mean, statistics.mean)
+    trainer.start_from(init)
+    assert torch.equal(trainer.train_data[0], (trainer.train_data.raw(0) - 3.0) / 2.0)
+    trainer.save()
+    again = make_trainer(archive, tmp_path / "a", config)
+    again.resume()
+    for data in (trainer.dev_data, again.train_data, again.dev_data):
+        assert data.statistics.mean.tolist() == [3.0] * size and data.statistics.std.tolist() == [2.0] * size
+    other, plain = (make_trainer(archive, tmp_path / name, small()) for name in "bc")
+    other.start_from(init)  # each utterance has its own statistics
+    assert torch.equal(other.train_data[0], plain.train_data[0])
+
+
+def test_the_end_of_a_cycle_is_validated(archive, tmp_path):
+    training = replace(small().training, epochs=3, restarts=(1,), validate_every=2.0)
+    made = make_trainer(archive, tmp_path, small(training=training))
+    made.run()
+    rows = [row for row in read_rows(tmp_path / "log.jsonl") if row["kind"] == "valid"]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
