@@ -85,7 +85,8 @@ def make_trainer(path: str, config: Config, weights: dict, device: torch.device)
         trainer.optimiser = make_optimiser(trainer.model, config)
     if path == "usual":
         for group in trainer.optimiser.param_groups:
-            group["fused"] = None  # the default of AdamW
+            group["fused"] = None  # the default of AdamW, which cannot skip a step on the device
+        trainer.reads_late = False
     trainer.averaged = copy.deepcopy(trainer.model)
     return trainer
 

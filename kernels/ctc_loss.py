@@ -7,7 +7,8 @@ token: state 2u is the blank before token u, state 2u + 1 the token. With p the 
 
 The last term applies only if s and s-2 are different tokens. beta is the same recursion from the end. The sums of the
 previous frame are read from memory, after a barrier. The posterior of a state is
-exp(alpha + beta - p - log p(transcript)).
+exp(alpha + beta - p - log p(transcript)), and the posteriors of a frame sum to 1. They are computed as a softmax over
+the states, because the sums of a long utterance have few digits after the point.
 
 torch's own kernel makes the host wait: it copies the lengths from pageable memory.
 """
@@ -96,8 +97,11 @@ def posteriors(
         num_warps=min(max(block // 128, 1), 16),
     )  # fmt: skip
     likelihoods = likelihoods.masked_fill(likelihoods == -torch.inf, 0.0)
-    paths = sums.sum(0) - log_probs.gather(2, classes[:, None].expand(-1, T, -1))
-    return likelihoods, classes, (paths - likelihoods[:, None, None]).exp()
+    total = sums.sum(0)
+    without_path = total == -torch.inf
+    paths = (total - log_probs.gather(2, classes[:, None].expand(-1, T, -1))).masked_fill(without_path, -torch.inf)
+    posterior = paths.softmax(2).masked_fill(without_path.all(2, keepdim=True), 0.0)
+    return likelihoods, classes, posterior
 
 
 def ctc_loss(

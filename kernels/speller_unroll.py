@@ -41,6 +41,8 @@ from las_fast.kernels.unroll_forward import bind_attend, bind_cells, bind_choose
 from las_fast.kernels.unroll_layout import cell_sizes, layout, output_layer, part_starts
 from torch import Tensor
 
+from las_fast.system import stream_for
+
 CHUNK = 16  # tokens of a CUDA graph
 
 # The latest graphs are kept, because the device may still run one after its pass has returned.
@@ -136,7 +138,7 @@ def _repeat(launch: Callable[[int], None], tokens: int, device: torch.device) ->
             launch(i)
         return
     launch(0)
-    graph = _capture(launch)
+    graph = _capture(launch, device)
     for _ in range(triton.cdiv(tokens - 1, CHUNK)):
         graph.replay()
     _graphs.append(graph)
@@ -147,9 +149,9 @@ def _captures(tokens: int, device: torch.device) -> bool:
     return device.type == "cuda" and tokens > 1 + CHUNK and not torch.cuda.is_current_stream_capturing()
 
 
-def _capture(launch: Callable[[int], None]) -> torch.cuda.CUDAGraph:
+def _capture(launch: Callable[[int], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """Return a graph of CHUNK tokens. Unlike torch.cuda.graph this neither waits for the device nor frees memory."""
-    current, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    current, stream, graph = torch.cuda.current_stream(), stream_for("speller graphs", device), torch.cuda.CUDAGraph()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         # thread_local: other threads, such as one that pins a batch, must not invalidate the capture.

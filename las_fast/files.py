@@ -211,6 +211,11 @@ def _same_file(path: Path, other: str | Path | int) -> bool:
     return False
 
 
+def file_identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what stays the same only while a file and its contents do."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 # ----------------------------------------------------------------------------------------------------- Atomic writing
 
 

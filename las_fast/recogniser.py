@@ -27,6 +27,7 @@ from las_fast.data.normalisation import normalise
 from las_fast.data.samples import is_array, to_numpy
 from las_fast.data.vad import check_vad
 from las_fast.errors import InputError, show, type_name
+from las_fast.files import file_identity
 from las_fast.ops import NgramModel
 from las_fast.output.transcripts import MIN_SPEECH_SCORE, POOL_SECONDS, Hypothesis, Transcript, noise_warning
 from las_fast.search import beam, dataset
@@ -360,11 +361,9 @@ class Recogniser:
             return beam.fold_length_reward(model, decoding, len(self.loaded.vocabulary), self.device)
 
         path = find_lm(lm, self.loaded.path, self._lm_option) if decoding.ngram_weight else None
-        if path is None:
+        if path is None and not decoding.length_reward:
             return make()
-        status = os.stat(path)
-        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        key = (stamp, decoding.ngram_weight, decoding.length_reward)
+        key = (path and file_identity(os.stat(path)), decoding.ngram_weight, decoding.length_reward)
         if self._ngram_cache is None or self._ngram_cache[0] != key:
             self._ngram_cache = None  # frees its memory before the next model is allocated
             ngram, rewarded = make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import platform
@@ -132,3 +133,15 @@ def _mallopt(parameter: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(parameter, value)
+
+
+@functools.cache
+def stream_for(purpose: str, device: str | torch.device) -> torch.cuda.Stream:
+    """Return the CUDA stream of a device for a purpose, always the same.
+
+    torch hands out 32 streams per device in turn, so a stream made for every use would sooner or later be one that is
+    in use, such as by the capture of a graph.
+    """
+    import torch
+
+    return torch.cuda.Stream(device)

@@ -72,7 +72,7 @@ def pretend_cuda():
         "Event": Event,
         "CUDAGraph": Graph,
         "graph": lambda graph: contextlib.nullcontext(),
-        "Stream": lambda: stream,
+        "Stream": lambda device=None: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": lambda: stream,
         "synchronize": lambda: None,

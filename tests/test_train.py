@@ -600,12 +600,14 @@ def test_an_explicit_precision_is_used_and_auto_depends_on_the_machine(monkeypat
         assert step.choose_precision("auto", cpu) == getattr(torch, chosen)
     for name, chosen in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         assert step.choose_precision(name, cpu) == chosen
-    cuda, calls = torch.device("cuda"), []
+    cuda, calls, devices = torch.device("cuda:1"), [], []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: devices.append(device) or contextlib.nullcontext())
     for native, chosen in ((True, torch.bfloat16), (False, torch.float16)):
         is_supported = lambda native=native, **options: calls.append(options) or native  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
         assert step.choose_precision("auto", cuda) == chosen
     assert calls == [{"including_emulation": False}] * 2  # emulated bf16 matmuls are slow
+    assert devices == [cuda] * 2
 
 
 def test_biases_gains_and_the_tied_embedding_are_not_decayed():

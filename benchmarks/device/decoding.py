@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +115,7 @@ def decode(way: Way, name: str, models: dict[str, Loaded], dev: SpeechDataset, t
     model, vocabulary = models[way.device].model, models[way.device].vocabulary
     settings = {"precision": "fp32", "ctc_weight": 0.0, **SETTINGS[name]}
     config: DecodingConfig = dataclasses.replace(models[way.device].config.decoding, **settings)
-    bigrams = random_bigrams(len(vocabulary)).to(way.device)
+    bigrams = random_bigrams(len(vocabulary), way.device)
     text_of = {}
     for batch in batches_to_decode(dev, vocabulary, config):
         memory = listen(model, batch.to(way.device), config)
@@ -124,7 +125,8 @@ def decode(way: Way, name: str, models: dict[str, Loaded], dev: SpeechDataset, t
     texts[:] = [text_of[i] for i in range(len(dev))]
 
 
-def random_bigrams(V: int) -> NgramModel:
+@functools.cache  # one model: a graph is replayed only with the model that it was captured with
+def random_bigrams(V: int, device: str) -> NgramModel:
     """Return a model of random log-probabilities for each pair of tokens."""
     table = torch.log_softmax(torch.randn(V, V, generator=torch.Generator().manual_seed(0)), -1)
-    return table_model(table, SOS)
+    return table_model(table, SOS).to(device)

@@ -24,6 +24,7 @@ from las_fast.data.quality import SignalQuality
 from las_fast.data.refusals import refusal_reason
 from las_fast.data.samples import RATES
 from las_fast.errors import InputError
+from las_fast.files import file_identity
 
 if TYPE_CHECKING:
     from las_fast.data.corpus import Utterance
@@ -270,8 +271,7 @@ _layouts: dict[tuple, FileLayout] = {}  # file identity -> layout, for the last 
 
 def _cached_layout(source: Source) -> FileLayout:
     """Return find_streams(source), cached, because parts of a long recording are read one after another."""
-    status = os.fstat(source.descriptor)
-    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    key = file_identity(os.fstat(source.descriptor))
     if key not in _layouts:
         while len(_layouts) >= MAX_LAYOUTS:
             del _layouts[next(iter(_layouts))]

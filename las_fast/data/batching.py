@@ -6,7 +6,6 @@ All randomness is a function of (seed, epoch, utterance), so an epoch and a batc
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from las_fast.data.loader import Loader
 from las_fast.data.splice import Splice
 from las_fast.data.warp import warp_frequencies
 from las_fast.errors import InputError
+from las_fast.system import stream_for
 from las_fast.text import EOS, PAD, Vocabulary
 
 # Candidate widths of a length class, as longest over shortest utterance; the first that meets PADDING_TARGET is taken.
@@ -60,7 +60,7 @@ class Batch:
         """
         if torch.device(device).type != "cuda":
             return self._moved(device)
-        copying, main = _copy_stream(device), torch.cuda.current_stream(device)
+        copying, main = stream_for("copies", device), torch.cuda.current_stream(device)
         with torch.cuda.stream(copying):
             batch = self._moved(device)
         main.wait_stream(copying)
@@ -84,11 +84,6 @@ class Batch:
         """Tokens and their lengths; the batch must have transcripts."""
         assert self.tokens is not None and self.token_lengths is not None
         return self.tokens, self.token_lengths
-
-
-@functools.cache
-def _copy_stream(device: str | torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 class BucketBatches:

@@ -17,7 +17,9 @@ from las_fast.ops.bilstm import bilstm_on_streams
 
 Taps = dict[int, tuple[Tensor, Tensor]]  # by layer: output (B, T, 2H) and lengths (B,)
 
-CUDNN_ROWS = 8  # cuDNN's persistent LSTM kernels need a batch size that is a multiple of this
+# cuDNN's persistent LSTM kernels need a batch size that is a multiple of this. Fewer rows are not padded: one would
+# take the memory of eight, so a batch that does not fit would not fit in parts either.
+CUDNN_ROWS = 8
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class Listener(nn.Module):
             output (B, T_out, 2H) with zeros past the lengths, lengths (B,), and (output, lengths) by index in `taps`.
         """
         rows = features.shape[0]
-        extra = -rows % CUDNN_ROWS if on_cuda(features) else 0
+        extra = -rows % CUDNN_ROWS if on_cuda(features) and rows > CUDNN_ROWS else 0
         if not extra:
             return self._encode(features, lengths, taps)
         padded = F.pad(features, (0, 0, 0, 0, 0, extra)), F.pad(lengths, (0, extra))  # utterances of length 0

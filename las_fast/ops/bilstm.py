@@ -10,7 +10,6 @@ The output of a frame is h of both directions. csrc/bilstm_backward.h states the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from las_fast.ops import backends
 from las_fast.ops.masks import padding_mask
+from las_fast.system import stream_for
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -70,7 +70,7 @@ def bilstm_on_streams(x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], ba
 
     Args, returns: as for bilstm.
     """
-    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    main, side = torch.cuda.current_stream(x.device), stream_for("second direction", x.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         index = _reversal(lengths, x.shape[1])
@@ -82,11 +82,6 @@ def bilstm_on_streams(x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], ba
         tensor.record_stream(side)
     backward.record_stream(main)
     return _join(forward, backward, lengths)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 class _Reverse(torch.autograd.Function):

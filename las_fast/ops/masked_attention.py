@@ -40,9 +40,9 @@ def masked_attention(
     """Average each utterance's values by softmax(scale * query . keys), ignoring padding.
 
     Differentiable once in query, keys and values. Computes in float32 (float64 for float64 inputs). In Triton, float32
-    matmuls use tf32 if torch.set_float32_matmul_precision allows it; half-precision gradients need loss scaling, as in
-    any half-precision model. For the reference, keys and values past the length must be finite; the other backends
-    never read them.
+    matmuls use tf32 if torch.set_float32_matmul_precision allows it; half-precision inputs are multiplied with weights
+    rounded to their dtype, and their gradients need loss scaling, as in any half-precision model. For the reference,
+    keys and values past the length must be finite; the other backends never read them.
 
     Args:
         query:   (B, K, D) decoder states; K is the beam, 1 in training.

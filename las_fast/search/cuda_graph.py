@@ -25,6 +25,7 @@ from las_fast.ops import Steps, backends
 from las_fast.ops.beam_topk import triton_problem as too_many_candidates
 from las_fast.ops.masked_attention import triton_problem as too_wide
 from las_fast.search.steps import Limits, Search, advance, begin, chunks_in_flight, max_chunks, run_chunks
+from las_fast.system import stream_for
 
 MAX_GRAPHS = 16  # per model, enough for the sizes of a sorted test set; each holds a copy of a batch's keys and values
 FRAMES_MULTIPLE = 64  # encoder frames are padded to a multiple of it
@@ -81,7 +82,7 @@ class CudaGraph:
 
     def capture(self, function: Callable[[], Any]) -> Any:
         """Record the work that function enqueues; return its results, which each replay overwrites."""
-        stream = torch.cuda.Stream()
+        stream = stream_for("search graphs", torch.device("cuda", torch.cuda.current_device()))
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function()  # warm-up: kernels must not compile, nor workspaces be allocated, during a capture

@@ -5,10 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from las_fast.config import DecodingConfig
 from las_fast.data.batching import Batch
 from las_fast.progress import Progress, progress
-from las_fast.search.beam import beam_search, packed_weights
+from las_fast.search.beam import beam_search, fold_length_reward, packed_weights
+from las_fast.search.cuda_graph import MAX_GRAPHS
 from las_fast.search.dataset import decode_batches, listen
 
 if TYPE_CHECKING:
@@ -28,11 +31,18 @@ def decode_grid(
     """
     texts = [[""] * len(dataset) for _ in settings]
     packed = packed_weights(loaded.model, settings[0], device, backend)
+    # Graphs are kept per n-gram model, so each point has one model for all batches, and many points have no graphs.
+    few = len(settings) <= MAX_GRAPHS
+    capture = False if not few and torch.device(device).type == "cuda" else None
+    V = len(loaded.vocabulary)
+    points = [fold_length_reward(ngram, point, V, device) if few else (ngram, point) for point in settings]
 
     def decode(batch: Batch, bar: Progress) -> None:
         memory = listen(loaded.model, batch.to(device), settings[0])
-        for texts_of_point, point in zip(texts, settings, strict=True):
-            hypotheses = beam_search(loaded.model, memory, point, ngram=ngram, packed=packed, backend=backend)
+        for texts_of_point, (model, point) in zip(texts, points, strict=True):
+            hypotheses = beam_search(
+                loaded.model, memory, point, ngram=model, packed=packed, backend=backend, capture=capture
+            )
             for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
                 texts_of_point[i] = loaded.vocabulary.decode(best.text_tokens)
             bar.update(len(batch.indices))  # those of a batch that is halved count twice

@@ -219,7 +219,7 @@ class PendingFlag:
         self.arrived = None
         if flag.is_cuda:
             self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(flag.device))  # by default the stream of the current device
 
     def read(self) -> bool:
         """Wait for the copy, if necessary, and return the flag. Work enqueued after the copy keeps running."""

@@ -14,7 +14,6 @@ from streams import Race, Streams
 from tiny_corpora import make_archive
 
 from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, TrainingConfig
-from las_fast.data import batching
 from las_fast.data.augment import Augment
 from las_fast.data.batching import (
     CLASS_RATIOS,
@@ -28,6 +27,7 @@ from las_fast.data.batching import (
 from las_fast.data.dataset import load_dataset
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
+from las_fast.system import stream_for
 from las_fast.text import EOS, PAD, Vocabulary
 
 LENGTHS = np.random.default_rng(0).integers(20, 1600, 4000)
@@ -419,14 +419,14 @@ def test_short_epochs_use_the_speeds_that_their_batches_were_made_for(dataset):
 @pytest.mark.parametrize("tokens", [torch.ones(2, 3, dtype=torch.int64), None])
 def test_a_batch_is_copied_to_cuda_on_a_separate_stream(monkeypatch, tokens):
     streams = Streams(monkeypatch)
-    batching._copy_stream.cache_clear()
+    stream_for.cache_clear()
     calls = []
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **options: calls.append((args, options)) or x.clone())
     batch = Batch(torch.randn(2, 5, 4), torch.tensor([5, 4]), tokens, None, torch.arange(2))
     with streams:
         streams.main.seen[streams.main] = 7  # work enqueued before, for which the copy does not wait
         moved = batch.to("cuda")
-        copying = batching._copy_stream("cuda")
+        copying = stream_for("copies", "cuda")
         assert copying.seen[streams.main] == 0 and streams.main.seen[copying] == copying.seen[copying] > 0
         assert torch.equal(moved.features + 0, batch.features) and (moved.tokens is None) == (tokens is None)
     assert calls == [(("cuda",), {"non_blocking": True})] * len(calls) and len(calls) in (3, 4)
@@ -434,4 +434,4 @@ def test_a_batch_is_copied_to_cuda_on_a_separate_stream(monkeypatch, tokens):
     monkeypatch.setattr(type(streams.main), "wait_stream", lambda self, other: None)
     with streams, pytest.raises(Race, match="reads memory of side"):
         _ = batch.to("cuda").features + 0
-    batching._copy_stream.cache_clear()
+    stream_for.cache_clear()

@@ -606,12 +606,13 @@ def check_ngram_scores(
 
 def check_ctc_loss(
     device, B=3, T=9, V=6, S=4, lengths=(10**9, 5), counts=(10**9, 2, 0), scale=3.0, equal=False, layout="dense",
-    beyond_end=0, out_of_range=False, seed=0,
+    beyond_end=0, out_of_range=False, forbidden=False, seed=0,
 ):  # fmt: skip
     """Losses, gradients and token times match the float64 reference about as closely as the float32 reference does.
 
     equal: all tokens of a text are equal. beyond_end: value of `tokens` past each count. out_of_range: pass lengths,
-    counts and tokens that are too large to the launcher.
+    counts and tokens that are too large to the launcher. forbidden: every third frame must be blank, by logits of -inf;
+    the reference, whose gradients would be NaN, gets -1e4.
     """
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(B, T, V, generator=generator)
@@ -620,7 +621,11 @@ def check_ctc_loss(
     lengths = torch.tensor([min(T, lengths[b % len(lengths)]) for b in range(B)], dtype=torch.int64)
     counts = torch.tensor([min(S, counts[b % len(counts)]) for b in range(B)], dtype=torch.int64)
     rest = lengths, tokens, counts
+    if forbidden:
+        logits[:, ::3, 1:] = -1e4
     exact, plain = losses_gradients_and_times(logits.double(), *rest), losses_gradients_and_times(logits, *rest)
+    if forbidden:
+        logits[:, ::3, 1:] = -INF
     if beyond_end:
         tokens = tokens.masked_fill(torch.arange(S) >= counts[:, None], beyond_end)
     if out_of_range:
@@ -635,6 +640,16 @@ def check_ctc_loss(
     losses, no_gradient = launcher("ctc_loss")(*inputs, False)
     assert_identical(losses, actual[0], "losses without gradients")
     assert no_gradient.shape == (0, T, V)
+
+
+def check_impossible_transcript(device):
+    """Without a path, loss, gradient and times are 0, also if a token has no probability in any frame."""
+    logits, tokens = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([[1, 2], [2, 3]])
+    logits[0, :, 1] = -INF
+    inputs = [x.to(device) for x in (logits, torch.tensor([5, 4]), tokens, torch.tensor([2, 2]))]
+    (losses, gradient), times = launcher("ctc_loss")(*inputs, True), launcher("ctc_loss", "ctc_token_times")(*inputs)
+    assert losses[0] == 0 and (gradient[0] == 0).all() and (times[0] == 0).all()
+    assert losses[1] > 0 and gradient[1].abs().sum() > 0 and times.isfinite().all()
 
 
 def losses_gradients_and_times(logits, *rest):
@@ -898,9 +913,13 @@ def check_repeat(device, tokens, on="cuda", capturing=False, fails=False):
             raise RuntimeError("a launch failed")
 
     main, side = Stream(), Stream()
-    fakes = {"current_stream": lambda: main, "Stream": lambda: side, "CUDAGraph": Graph, "stream": stream}
+    fakes = {"current_stream": lambda: main, "CUDAGraph": Graph, "stream": stream}
     expected = contextlib.suppress(RuntimeError) if fails else contextlib.nullcontext()
-    with mock.patch.multiple(torch.cuda, is_current_stream_capturing=lambda: capturing, **fakes), expected:
+    with (
+        mock.patch.object(module, "stream_for", lambda purpose, device: side),
+        mock.patch.multiple(torch.cuda, is_current_stream_capturing=lambda: capturing, **fakes),
+        expected,
+    ):
         module._repeat(launch, tokens, torch.device(on))
     if fails:
         assert launched == [0] and not current and (side, "ends") in events
@@ -1290,8 +1309,10 @@ ALIGNMENT = _cases(
         "strided": {"layout": "strided"},
         "tokens-past-the-end-out-of-range": {"beyond_end": -(2**40)},
         "out-of-range": {"out_of_range": True, "V": 3, "B": 2},
+        "frames-that-must-be-blank": {"forbidden": True, "T": 12, "S": 3},
+        "hostile": {"scale": 1e4, "T": 12},
     },
-)
+) + [Case("ctc_loss", "impossible", check_impossible_transcript)]  # fmt: skip
 
 NGRAM = _cases(
     "ngram_scores",

@@ -492,8 +492,8 @@ def test_reading_a_flag_on_cuda_waits_for_its_copy(monkeypatch):
         is_cuda = True
 
     class Event:
-        def record(self):
-            log.append("record")
+        def record(self, stream):
+            log.append(f"record on {stream}")
 
         def synchronize(self):
             log.append("wait")
@@ -504,10 +504,11 @@ def test_reading_a_flag_on_cuda_waits_for_its_copy(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", without_pins)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     for value in (True, False):
         log.clear()
         flag = steps.PendingFlag(torch.tensor(value).as_subclass(OnCuda))
-        assert log == ["pinned True", "record"] and flag.read() is value and log[2:] == ["wait"]
+        assert log == ["pinned True", "record on the stream of cpu"] and flag.read() is value and log[2:] == ["wait"]
         log.clear()
         assert steps.PendingFlag(torch.tensor(value)).read() is value and log == ["pinned False"]
 
