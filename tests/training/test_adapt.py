@@ -73,7 +73,7 @@ def test_s25_trains_with_the_preset_of_another_edition(tmp_path, capsys):
 def test_the_settings_are_checked_again_with_the_features_of_the_archive(tmp_path):
     archive = make_archive(tmp_path, "S24", utterances=2)  # 27 MFCC; the preset has 13 of 23 mel filters
     with pytest.raises(InputError, match=r"augment.warp needs features.mel_bins \(23\) of at least .*size \(27\)"):
-        train.main(arguments("an4", archive, tmp_path / "run", "--augment.warp", "0.1"))
+        train.main(arguments("an4", archive, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -106,14 +106,14 @@ def test_an_archive_trains_with_a_preset_for_recordings(tmp_path, capsys):
 
 
 def test_a_warp_says_what_it_takes_the_archive_for(capsys):
-    config = load_config("an4")
-    warped = replace(config, augment=replace(config.augment, warp=0.1), features=replace(config.features, lifter=0.0))
+    warped = load_config("an4")
+    config = replace(warped, augment=replace(warped.augment, warp=0.0))
     logmel = replace(warped, features=replace(warped.features, kind="logmel"))
     for unconcerned, kind in ((config, "features"), (warped, "audio"), (logmel, "features")):
         adapt.describe_warp(unconcerned, kind)
         assert capsys.readouterr().out == ""
     adapt.describe_warp(warped, "features")
-    message = "augment.warp: the data is taken for MFCC of 23 mel filters, liftered with 0; if that is wrong, set "
+    message = "augment.warp: assumes MFCC of 23 mel filters with a lifter of 0 (0: none); if that is wrong, set "
     assert capsys.readouterr().out.startswith(message)
 
 
@@ -156,14 +156,28 @@ def test_a_file_over_a_base_changes_only_what_it_names(tmp_path):
     [
         (["60"], (40,), ""),
         (["41"], (40,), ""),
-        (["40"], (), "restarts: none at epoch 40, because the training ends at 40\n"),
-        (["3"], (), "restarts: none at epoch 40, because the training ends at 3\n"),
+        (["40"], (), "restarts: dropped at epoch 40, because the training ends at epoch 40\n"),
+        (["3"], (), "restarts: dropped at epoch 40, because the training ends at epoch 3\n"),
         (["3", "--training.restarts", "1", "2"], (1, 2), ""),
     ],
 )
 def test_fewer_epochs_drop_the_restarts_of_a_preset(argv, restarts, printed, capsys):
     _, config = train.parse(arguments("speech13h", "here", "run", "--training.epochs", *argv))
     assert config.training.restarts == restarts and capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "splice"), [(["41"], 0.5), (["40"], 0.0), (["9", "--augment.splice-epoch", "5"], 0.5)]
+)
+def test_fewer_epochs_drop_the_splice_of_a_preset(argv, splice, capsys):
+    _, config = train.parse(arguments("an4", "here", "run", "--training.epochs", *argv))
+    printed = "augment.splice: 0, because the training ends at epoch 40, before epoch 40\n"
+    assert config.augment.splice == splice and capsys.readouterr().out == ("" if splice else printed)
+
+
+def test_a_splice_that_was_given_past_the_end_is_an_error():
+    with pytest.raises(InputError, match=r"splice_epoch must be below training.epochs \(3\); got 40; lower it, or set"):
+        train.parse(arguments("an4", "here", "run", "--training.epochs", "3", "--augment.splice", "0.5"))
 
 
 def test_restarts_that_were_given_past_the_end_are_an_error():
@@ -341,7 +355,7 @@ def test_a_launcher_of_several_processes_is_refused(monkeypatch):
 
 
 def test_a_missing_package_is_named_before_the_data_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(adapt.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(adapt, "is_installed", lambda name: False)
     with pytest.raises(InputError, match="--training.wandb needs the package wandb; run: pip install wandb"):
         train.main(arguments("tiny", tmp_path / "nowhere", tmp_path / "run", "--training.wandb", "True"))
 
