@@ -20,10 +20,11 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def open_cache(
     target, following = _newest(cache / name)
     entry = _read_entry(target)
     if entry and entry.bad:
-        entry = _read_bad_again(entry, corpus, utterances, features, stop=check is not None)
+        again = _first_still_bad if check else _all_still_bad
+        entry = again(entry, _present_problems(entry, corpus, utterances, features))  # None: build it again
         target = target if entry else following
     if entry is None:
         entry = _new_entry(target, corpus, split, utterances, features, check, progress, workers)
@@ -142,19 +144,24 @@ def _newest(first: Path) -> tuple[Path, Path]:
     return first.with_name(f"{first.name}.{last}") if last else first, first.with_name(f"{first.name}.{last + 1}")
 
 
-def _read_bad_again(entry: CacheEntry, corpus, utterances, features, *, stop: bool) -> CacheEntry | None:
-    """Return the entry with the present reasons of its bad utterances; None if it must be built again.
-
-    stop: one that is still bad is enough to know, because it ends the command; otherwise one that is good is.
-    """
-    bad = []
+def _present_problems(
+    entry: CacheEntry, corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfig
+) -> Iterator[tuple[str, str, int]]:
+    """Read the bad utterances of an entry again; yield each with its present problem, "" if it can be used now."""
     for name, _, position in entry.bad:
-        problem = read_utterance(corpus, utterances[position], features).problem
-        if problem:
-            bad.append((name, problem, position))
-        if stop == bool(problem):
-            break
-    return replace(entry, bad=bad) if stop and bad or len(bad) == len(entry.bad) else None
+        yield name, read_utterance(corpus, utterances[position], features).problem, position
+
+
+def _first_still_bad(entry: CacheEntry, problems: Iterable[tuple[str, str, int]]) -> CacheEntry | None:
+    """Return the entry with its first utterance that is still bad, which ends the command; None if there is none."""
+    first = next((bad for bad in problems if bad[1]), None)
+    return replace(entry, bad=[first]) if first else None
+
+
+def _all_still_bad(entry: CacheEntry, problems: Iterable[tuple[str, str, int]]) -> CacheEntry | None:
+    """Return the entry with the present problems of all its bad utterances; None if one of them can be used now."""
+    bad = list(takewhile(lambda bad: bad[1], problems))
+    return replace(entry, bad=bad) if len(bad) == len(entry.bad) else None
 
 
 def _new_entry(target: Path, corpus, split, utterances, features, check, progress, workers) -> CacheEntry:
