@@ -308,7 +308,7 @@ def test_help_shows_the_values_of_the_preset(capsys):
     assert list(shown("--config", "hw4p2").values()) == ["28", "2000", "1"]
     assert list(shown("--config=hw4p2", "--data", "x").values()) == ["28", "2000", "1"]
     for more in ([], ["--resume"]):
-        assert list(shown("--config", "finetune", "--init", "an4", *more).values()) == ["13", "100", "2"]
+        assert list(shown("--config", "finetune", "--init", "an4", *more).values()) == ["13", "100", "3"]
     with pytest.raises(InputError, match="did you mean hw4p2"):
         train.parse(["--config", "hw4p", "--help"])
 
