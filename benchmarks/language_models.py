@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.rows import RESULTS, append_rows, context
-from benchmarks.scores import parts
-from benchmarks.splits import add_split_options, scored_split
+from benchmarks.splits import add_split_options, parts, scored_split
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, check_decoding

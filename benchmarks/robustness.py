@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +34,7 @@ import torch
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
 from benchmarks.side_by_side import labels, load_checkpoints, score_table
 from benchmarks.silence import pad
-from benchmarks.splits import add_checkpoints_option
+from benchmarks.splits import add_checkpoints_option, parts
 from las_fast.checkpoint import Loaded
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, FeatureConfig
@@ -43,7 +42,6 @@ from las_fast.data.audio import load_audio
 from las_fast.data.corpus import Utterance
 from las_fast.data.features import add_deltas, compute_features, frame_sizes, speech_features
 from las_fast.data.layouts import open_corpus
-from las_fast.data.manifest import rows_by_id
 from las_fast.data.normalisation import normalise
 from las_fast.data.silence import band_energy, find_speech
 from las_fast.errors import InputError
@@ -240,21 +238,7 @@ def make_datasets(
 
 
 def decodings(settings: DecodingConfig) -> dict[str, DecodingConfig]:
-    greedy = replace(settings, beam=1, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
-    return {"greedy": greedy, "best": settings}
-
-
-def parts(utterances: list[Utterance], options: argparse.Namespace) -> dict[str, list[int]]:
-    """Group utterance indices by the manifest's column --by, after a group "all"."""
-    groups = defaultdict(list, {"all": list(range(len(utterances)))})
-    if options.by:
-        root = open_corpus(options.data).root
-        rows = rows_by_id(root) if root.is_file() else {}
-        if any(options.by not in rows.get(u.id, {}) for u in utterances):
-            raise InputError(f"{root} is not a manifest with the column {options.by!r}; leave out --by")
-        for i, u in enumerate(utterances):
-            groups[str(rows[u.id][options.by])].append(i)
-    return dict(groups)
+    return {"greedy": replace(settings.attention_only(), beam=1), "best": settings}
 
 
 @dataclass(frozen=True)
@@ -369,7 +353,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     entries = prepare(options)
     utterances = open_utterances(options)
-    groups = parts(utterances, options)
+    corpus = open_corpus(options.data)
+    groups = parts([u.id for u in utterances], corpus.root, corpus.resolve(options.split), options.by)
     conditions = [condition for condition in CONDITIONS if condition in options.conditions]  # clean first
     rates = sorted({entry.rate for entry in entries})
     cers: Cers = {}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,13 +20,12 @@ from typing import NamedTuple
 
 from benchmarks.rows import RESULTS, append_rows, context
 from benchmarks.side_by_side import labels, load_checkpoints, score_table
-from benchmarks.splits import add_split_options, scored_split
+from benchmarks.splits import add_split_options, parts, scored_split
 from las_fast.checkpoint import Loaded
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.layouts import open_corpus
-from las_fast.data.manifest import rows_by_id
 from las_fast.errors import InputError
 from las_fast.ops import NgramModel
 from las_fast.output.metrics import score
@@ -105,32 +103,6 @@ def prepare(options: argparse.Namespace) -> tuple[list[Entry], list[str]]:
             check_decoding(loaded.config, decoding)
         entries.append(Entry(label, loaded, selected, load_ngram_model(options.lm, base, loaded, "cpu")))
     return entries, list(ways.values())
-
-
-def parts(ids: list[str], root: Path, splits: Sequence[str], column: str) -> dict[str, list[int]]:
-    """Group utterance indices by a column of the manifest `root`, after a group "all" of every utterance.
-
-    Args:
-        ids:    of the utterances; SPLIT/ID if the splits share ids.
-        splits: names of the splits that the utterances are from.
-        column: "" for the group "all" alone.
-
-    Raises:
-        InputError: `root` is not a manifest, or a line has no such column.
-    """
-    groups = defaultdict(list, {"all": list(range(len(ids)))})
-    if column:
-        if not root.is_file():
-            raise InputError(f"{root} is not a manifest, so it has no column {column!r}; leave out --by")
-        rows = {}
-        for split in splits:
-            for name, row in rows_by_id(root, split).items():
-                rows[name] = rows[f"{split}/{name}"] = row
-        if any(column not in row for row in rows.values()):
-            raise InputError(f"{root} does not have column {column!r} on every line; choose another or leave out --by")
-        for i, name in enumerate(ids):
-            groups[str(rows[name][column])].append(i)
-    return dict(groups)
 
 
 def measure(entry: Entry, dataset: SpeechDataset, groups: dict[str, list[int]], backend: str) -> Iterator[tuple]:

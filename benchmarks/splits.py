@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from las_fast.checkpoint import Loaded, current_name
 from las_fast.data.corpus import Utterance
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.layouts import open_corpus
+from las_fast.data.manifest import rows_by_id
 from las_fast.errors import InputError
 from las_fast.splits import add_utterance_options, open_split
 
@@ -84,3 +87,29 @@ def utterances_of(data: str, split: str, every: int = 1) -> list[Utterance]:
             problem = f"{len(untranscribed)} recordings without a transcript, the first is {untranscribed[0]}"
         raise InputError(f"--split {split} needs recordings with transcripts; it has {problem}")
     return utterances
+
+
+def parts(ids: list[str], root: Path, splits: Sequence[str], column: str) -> dict[str, list[int]]:
+    """Group utterance indices by a column of the manifest `root`, after a group "all" of every utterance.
+
+    Args:
+        ids:    of the utterances; SPLIT/ID if the splits share ids.
+        splits: names of the splits that the utterances are from.
+        column: "" for the group "all" alone.
+
+    Raises:
+        InputError: `root` is not a manifest, or a line has no such column.
+    """
+    groups = defaultdict(list, {"all": list(range(len(ids)))})
+    if column:
+        if not root.is_file():
+            raise InputError(f"{root} is not a manifest, so it has no column {column!r}; leave out --by")
+        rows = {}
+        for split in splits:
+            for name, row in rows_by_id(root, split).items():
+                rows[name] = rows[f"{split}/{name}"] = row
+        if any(column not in row for row in rows.values()):
+            raise InputError(f"{root} does not have column {column!r} on every line; choose another or leave out --by")
+        for i, name in enumerate(ids):
+            groups[str(rows[name][column])].append(i)
+    return dict(groups)

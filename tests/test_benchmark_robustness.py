@@ -99,7 +99,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     for limit in ("5", "0"):
         with pytest.raises(InputError, match=f"--limit must be 2 to 4, the size of dev; got {limit}"):
             robustness.main([*argv, "--limit", limit])
-    with pytest.raises(InputError, match="is not a manifest with the column 'colour'"):
+    with pytest.raises(InputError, match="does not have column 'colour' on every line"):
         robustness.main([*argv, "--by", "colour"])
     archive = make_archive(tmp_path / "archive", "F24")
     with pytest.raises(InputError, match="has features, and the recipe changes recordings"):

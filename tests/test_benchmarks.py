@@ -38,7 +38,7 @@ from benchmarks import (
 from benchmarks.flops import listener_flops, speller_flops
 from benchmarks.plain import Plain, PlainGraphed, PlainPacked, Usual
 from benchmarks.rows import RESULTS, append_rows, context, machine_name, read_rows
-from benchmarks.splits import utterances_of
+from benchmarks.splits import parts, utterances_of
 from benchmarks.subprocess_timer import SubprocessTimer
 from benchmarks.synthetic_speech import LETTERS_PER_FRAME, write_recordings
 from benchmarks.test_bench_shares import COLUMNS
@@ -656,7 +656,7 @@ def test_scores_by_a_missing_column_are_an_error(tmp_path):
 def test_scores_by_a_column_of_a_manifest_of_json_lines(tmp_path):
     lines = [json.dumps({"path": f"{name}.wav", "text": "A", "source": kind}) for name, kind in ("ab", "cb", "da")]
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
-    actual = scores.parts(["a", "c", "d"], tmp_path / "all.jsonl", ("all",), "source")
+    actual = parts(["a", "c", "d"], tmp_path / "all.jsonl", ("all",), "source")
     assert actual == {"all": [0, 1, 2], "b": [0, 1], "a": [2]}
 
 
@@ -664,9 +664,9 @@ def test_scores_by_a_column_take_the_line_of_their_split(tmp_path):
     lines = [json.dumps({"id": "a", "path": f"{split}.wav", "text": "A", "split": split, "source": split[0]})
              for split in ("dev", "train", "test")]  # fmt: skip
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
-    actual = scores.parts(["a"], tmp_path / "all.jsonl", ("dev",), "source")
+    actual = parts(["a"], tmp_path / "all.jsonl", ("dev",), "source")
     assert actual == {"all": [0], "d": [0]}
-    both = scores.parts(["dev/a", "test/a"], tmp_path / "all.jsonl", ("dev", "test"), "source")
+    both = parts(["dev/a", "test/a"], tmp_path / "all.jsonl", ("dev", "test"), "source")
     assert both == {"all": [0, 1], "d": [0], "t": [1]}
 
 

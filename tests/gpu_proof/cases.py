@@ -813,7 +813,9 @@ class FakeGraph:
 def replay_chunks():
     """Let speller_unroll replay chunks of tokens inside the block, even on a CPU."""
     module = importlib.import_module("las_fast.kernels.speller_unroll")
-    return mock.patch.multiple(module, _captures=lambda tokens, _: tokens > 17, _capture=FakeGraph)
+    return mock.patch.multiple(
+        module, _captures=lambda tokens, _: tokens > 17, _capture=lambda launch, _: FakeGraph(launch)
+    )
 
 
 def check_unroll_tokens(device, token, waits=True):

@@ -307,6 +307,8 @@ ALIGNMENT = [
         ("likelihood-of-both-directions", ", mask=reverse == 0)", ")"),
         ("impossible-losses-infinite", "likelihoods = likelihoods.masked_fill(likelihoods == -torch.inf, 0.0)", "pass"),
         ("log-probabilities-twice", " - log_probs.gather(2, classes", " - 0 * log_probs.gather(2, classes"),
+        ("impossible-states-are-nan", ".masked_fill(without_path, -torch.inf)", ""),
+        ("frames-without-a-path-are-nan", ".masked_fill(without_path.all(2, keepdim=True), 0.0)", ""),
         ("padding-has-gradients", "padding_mask(lengths, T) | ", "padding_mask(lengths, T) & "),
         ("impossible-losses-have-gradients", " | (likelihoods == 0)[:, None]", ""),
         ("unreached-states-count", "log_probs.new_full((2, B, T, N), -torch.inf)", "log_probs.new_zeros(2, B, T, N)"),
