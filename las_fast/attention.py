@@ -3,8 +3,8 @@
     python -m las_fast.attention talk.flac --start 4 --end 8
     python -m las_fast.attention --checkpoint runs/mine --data ROOT --utterance 1272-128104-0000
 
-Each row is a character, and time runs to the right. Each word stands above the speech it attends to. The text is the
-recognised text, or --text. An utterance of an archive of features is drawn below its normalised
+Each row is a character, and time runs to the right. Each word stands above the speech that the model attends to for it.
+The text is the recognised text, or --text. An utterance of an archive of features is drawn below its normalised
 features instead of a spectrogram.
 """
 

@@ -1,7 +1,7 @@
 """The mean of the weights of several checkpoints (Wortsman et al. 2022, "Model soups").
 
 Use it for checkpoints of one training, or of trainings that started from the same weights or from each other. The mean
-of others is useless, because the units of two trainings from random weights have nothing in common.
+of unrelated trainings is useless, because the units of two trainings from random weights have nothing in common.
 """
 
 from __future__ import annotations

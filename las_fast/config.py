@@ -245,7 +245,7 @@ class TrainingConfig:
     # decay per step of the moving average of the weights, which is validated and saved; 0: no average
     ema_decay: float = number(0.999, below=1)
     seed: int = number(1, at_most=10**12)  # of weights, batches, dropout and augmentation
-    validate_every: float = number(1.0, above=0)  # epochs between validations
+    validate_every: float = number(1.0, above=0)  # epochs between validations; the end of a cycle is validated, too
     validate_first: bool = False  # validate before the first step too; for a training that starts from a checkpoint
     checkpoint_minutes: float = 5.0  # minutes between saves within an epoch
     pictures: int = number(2, at_most=1000)  # dev utterances whose attention is drawn at each validation
@@ -399,10 +399,6 @@ def _model_rules(config: Config) -> list[Rule]:
         (training.guided_frames == 0 or has_ctc, f"training.guided_frames {NEEDS_CTC_HEAD}"),
         (config.decoding.ctc_weight == 0 or has_ctc, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
         (config.augment.splice == 0 or has_ctc, f"augment.splice {NEEDS_CTC_HEAD}"),
-        (
-            training.guided_frames == 0 or training.guided_weight == 0 or training.ctc_weight > 0,
-            "training.guided_frames needs training.ctc_weight above 0, which trains the CTC head; set one of them",
-        ),
         (len(model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must have at least one cell"),
     ]
 
@@ -431,10 +427,6 @@ def _training_rules(config: Config) -> list[Rule]:
     training, data, augment = config.training, config.data, config.augment
     return [
         (
-            augment.join == 0 or " " in data.characters,
-            "augment.join joins transcripts by a space, which data.characters lacks; add it, or set augment.join to 0",
-        ),
-        (
             augment.splice == 0 or augment.splice_epoch < training.epochs,
             f"augment.splice_epoch must be below training.epochs ({training.epochs}); got {augment.splice_epoch}; "
             "lower it, or set augment.splice to 0",
@@ -454,6 +446,29 @@ def _training_rules(config: Config) -> list[Rule]:
             "each stage of training.teacher_forcing must have start <= end",
         ),
     ]
+
+
+def check_training(config: Config) -> Config:
+    """Return the settings of a training that is to run if they make sense, or raise InputError that names the field.
+
+    Checkpoints of earlier versions may break these rules, which matter only in training.
+    """
+    training, augment = config.training, config.augment
+    rules = [
+        (
+            training.guided_frames == 0 or training.guided_weight == 0 or training.ctc_weight > 0,
+            "training.guided_frames follows the CTC head, which training.ctc_weight 0 does not train; raise "
+            "training.ctc_weight, or set training.guided_frames to 0",
+        ),
+        (
+            augment.join == 0 or " " in config.data.characters,
+            "augment.join joins transcripts by a space, which data.characters lacks; add it, or set augment.join to 0",
+        ),
+    ]
+    for valid, message in rules:
+        if not valid:
+            raise InputError(message)
+    return config
 
 
 def check_decoding(config: Config, decoding: DecodingConfig) -> DecodingConfig:

@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from las_fast.cli import run
-from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, load_settings, presets, to_yaml
+from las_fast.config import (
+    Config,
+    ModelConfig,
+    check,
+    check_training,
+    from_yaml,
+    load_config,
+    load_settings,
+    presets,
+    to_yaml,
+)
 from las_fast.errors import InputError, print_error
 from las_fast.files import AVERAGED, BEST, LAST, lock_folder
 from las_fast.options import Parser, as_folder, as_path, parse_settings
@@ -78,7 +88,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     options.user_set |= parser.user_set
     if options.on_bad:
         config = replace(config, data=replace(config.data, on_bad=options.on_bad))
-    return options, check(fit_epochs(config, options.user_set))
+    return options, check_training(check(fit_epochs(config, options.user_set)))
 
 
 def starting_settings(options: argparse.Namespace) -> Config:

@@ -275,8 +275,8 @@ def check_names(paths: list[Path], targets: dict[Path, Path], options: argparse.
         if same is not path:
             raise InputError(
                 f"--existing skip: {show(same)} and {show(path)} have the same name, so it is unclear "
-                "which transcript is whose; transcribe each folder to an --out of its own, or give the folder above "
-                "both"
+                "which transcript belongs to which; transcribe each folder to an --out of its own, or give the folder "
+                "above both"
             )
 
 

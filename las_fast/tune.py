@@ -13,7 +13,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from las_fast.cli import require_stdout, run
 from las_fast.config import DecodingConfig, check_decoding
@@ -23,9 +23,6 @@ from las_fast.options import Parser, as_file, as_path
 from las_fast.search.ngram import load_ngram_model, with_default_weight
 from las_fast.splits import add_utterance_options, open_split
 from las_fast.system import choose_device, return_freed_memory
-
-if TYPE_CHECKING:  # importing torch would slow down --help
-    pass
 
 MAX_COMBINATIONS = 10_000
 GRID = (

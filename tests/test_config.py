@@ -24,6 +24,7 @@ from las_fast.config import (
     TeacherForcingStage,
     TrainingConfig,
     check,
+    check_training,
     from_yaml,
     load_config,
     presets,
@@ -323,16 +324,6 @@ def layers(channels=1, kernels=1, strides=1):
         ),
         ({"features": FeatureConfig(deltas=2)}, {"features": FeatureConfig(deltas=3)}, "deltas must be 0, 1 or 2"),
         (
-            {"augment": AugmentConfig(join=0.5)},
-            {"augment": AugmentConfig(join=0.5), "data": DataConfig(characters="AB")},
-            "augment.join joins transcripts by a space, which data.characters lacks",
-        ),
-        (
-            {"training": TrainingConfig(ctc_weight=1.0, guided_frames=8.0), "model": ModelConfig(ctc_layer=0)},
-            {"training": TrainingConfig(guided_frames=8.0, guided_weight=1.0), "model": ModelConfig(ctc_layer=0)},
-            "training.guided_frames needs training.ctc_weight above 0",
-        ),
-        (
             {"training": TrainingConfig(ctc_weight=1.0), "model": ModelConfig(ctc_layer=0)},
             {"training": TrainingConfig(ctc_weight=1.0)},
             "training.ctc_weight needs a model with a CTC head",
@@ -585,3 +576,25 @@ def test_sizes_have_a_limit(name):
     check(with_setting(name, limit))
     with pytest.raises(InputError, match=f"settings: {name} must be at most [0-9e+]+; got {limit + 1}"):
         check(with_setting(name, limit + 1))
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        (
+            {"augment": AugmentConfig(join=0.5)},
+            {"augment": AugmentConfig(join=0.5), "data": DataConfig(characters="AB")},
+            "augment.join joins transcripts by a space, which data.characters lacks",
+        ),
+        (
+            {"training": TrainingConfig(ctc_weight=1.0, guided_frames=8.0), "model": ModelConfig(ctc_layer=0)},
+            {"training": TrainingConfig(guided_frames=8.0, guided_weight=1.0), "model": ModelConfig(ctc_layer=0)},
+            "training.guided_frames follows the CTC head, which training.ctc_weight 0 does not train; raise",
+        ),
+    ],
+)
+def test_what_a_training_cannot_do_is_refused_but_not_in_a_checkpoint(good, bad, message):
+    assert check_training(Config(**good)) == Config(**good)
+    assert check(Config(**bad)) == Config(**bad)
+    with pytest.raises(InputError, match=message):
+        check_training(Config(**bad))

@@ -256,7 +256,7 @@ def test_transcripts_of_a_folder_lie_in_its_subfolders_and_are_skipped_there(wor
     assert (out / "early/rec.txt").exists() and len(list(out.rglob("*"))) == 6
     with pytest.raises(
         InputError,
-        match="monday.* and .*friday.* have the same name, so it is unclear which .* whose; transcribe",
+        match="monday.* and .*friday.* have the same name, so it is unclear which .* to which; transcribe",
     ):
         main([str(folder / "monday" / "rec.wav"), str(folder / "friday" / "rec.wav"), *argv])
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,7 +36,7 @@ def decode_grid(
     few = len(settings) <= MAX_GRAPHS
     capture = False if not few and torch.device(device).type == "cuda" else None
     V = len(loaded.vocabulary)
-    points = [fold_length_reward(ngram, point, V, device) if few else (ngram, point) for point in settings]
+    points = _folded(ngram, settings, V, device) if few else [(ngram, point) for point in settings]
 
     def decode(batch: Batch, bar: Progress) -> None:
         memory = listen(loaded.model, batch.to(device), settings[0])
@@ -51,3 +52,16 @@ def decode_grid(
         for _ in decode_batches(partial(decode, bar=bar), dataset, loaded.vocabulary, settings[0]):
             pass
     return texts
+
+
+def _folded(ngram, settings: list[DecodingConfig], V: int, device) -> list[tuple[Any, DecodingConfig]]:
+    """Return what fold_length_reward returns for each setting; settings of equal weights share a language model."""
+    models: dict[tuple[float, float], Any] = {}
+    points = []
+    for point in settings:
+        weights = point.ngram_weight, point.length_reward
+        if weights not in models:
+            models[weights] = fold_length_reward(ngram, point, V, device)
+        model, folded = models[weights]
+        points.append((model, replace(point, ngram_weight=folded.ngram_weight, length_reward=folded.length_reward)))
+    return points

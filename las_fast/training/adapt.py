@@ -94,17 +94,23 @@ def fit_features(config: Config, corpus: Corpus, user_set: Collection[str]) -> C
 
 
 def fit_augment(config: Config, corpus: Corpus, user_set: Collection[str]) -> Config:
-    """Turn off what needs recordings if the corpus is an archive of features, and print what is turned off.
+    """Turn off what needs recordings, or fewer values per frame, for an archive; print what is turned off.
 
-    user_set: names of the settings that the user has set; these do not change, and check_logmel refuses them.
+    config has the features of the archive. user_set: names of the settings that the user has set; these do not change,
+    and checks refuse them.
     """
     from las_fast.data.degrade import SETTINGS  # imports torch, which would slow --help down
 
     on = [name for name in SETTINGS if getattr(config.augment, name) > 0 and f"augment.{name}" not in user_set]
-    if corpus.kind == "audio" or not on:
+    if corpus.kind == "audio":
         return config
-    print(f"augment: {', '.join(on)} need recordings, so they are 0 for this archive of features")
     off: dict[str, Any] = dict.fromkeys(on, 0.0)
+    if on:
+        print(f"augment: {', '.join(on)} need recordings, so they are 0 for this archive of features")
+    features, is_set = config.features, {"augment.warp", "features.mel_bins"} & set(user_set)
+    if config.augment.warp and features.kind == "mfcc" and features.size > features.mel_bins and not is_set:
+        print(f"augment.warp: 0, because the archive has {features.size} MFCC, and features.mel_bins is below that")
+        off["warp"] = 0.0
     return replace(config, augment=replace(config.augment, **off))
 
 
@@ -181,7 +187,7 @@ def _frames(corpus: Corpus) -> str:
 
 def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
     """Raise InputError if the initial checkpoint does not fit the training: other characters or features, or layers
-    that the model has not."""
+    that the model does not have."""
     trained = init.config.features
     if corpus.feature_size not in (None, trained.size):
         raise InputError(

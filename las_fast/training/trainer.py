@@ -328,7 +328,7 @@ class Trainer(Learner):
         """Start from the weights of a model of the same sizes, perhaps with fewer BiLSTMs or other CTC heads.
 
         Modules that it lacks keep their random weights, and their names are printed. Its feature statistics, if it has
-        any, replace those of the data, which its weights do not know.
+        any, replace those of the data, which its weights were not trained with.
         """
         path, initial = init.path, initial_weights(self.model, init.model)
         for target in filter(None, (self.model, self.averaged)):

@@ -110,7 +110,10 @@ def train(archive, backend, steps):
 def small_training():
     """Preset an4 with small layers, a constant learning rate and batches of two short utterances."""
     config = load_config("an4")
-    listener = replace(config.model.listener, conv_channels=(16,), lstm_size=12)
+    listener = replace(
+        config.model.listener, conv_channels=(16,), conv_kernels=(5,), conv_strides=(2,), lstm_size=12, top_layers=1,
+        pyramids=1,
+    )  # fmt: skip
     speller_config = replace(config.model.speller, key_size=18, value_size=20, embedding_size=16, lstm_sizes=(24, 18))
     training = replace(
         config.training, learning_rate=1e-4, warmup_steps=0, schedule="constant", precision="fp32", ema_decay=0.0,
@@ -119,7 +122,8 @@ def small_training():
     return replace(
         config,
         data=replace(config.data, utterances_per_batch=2, max_seconds=1.5),
-        model=replace(config.model, listener=listener, speller=speller_config),
+        augment=replace(config.augment, splice=0.0),
+        model=replace(config.model, listener=listener, speller=speller_config, ctc_layer=2, inner_ctc_layer=-1),
         training=training,
     )
 

@@ -73,8 +73,18 @@ def test_s25_trains_with_the_preset_of_another_edition(tmp_path, capsys):
 def test_the_settings_are_checked_again_with_the_features_of_the_archive(tmp_path):
     archive = make_archive(tmp_path, "S24", utterances=2)  # 27 MFCC; the preset has 13 of 23 mel filters
     with pytest.raises(InputError, match=r"augment.warp needs features.mel_bins \(23\) of at least .*size \(27\)"):
-        train.main(arguments("an4", archive, tmp_path / "run"))
+        train.main(arguments("an4", archive, tmp_path / "run", "--augment.warp", "0.1"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_warp_of_a_preset_is_off_for_more_mfcc_than_mel_filters(tmp_path, capsys):
+    archive = open_corpus(make_archive(tmp_path, "S24", utterances=2))
+    config = adapt.fit_features(load_config("an4"), archive, ())
+    capsys.readouterr()
+    assert adapt.fit_augment(config, archive, ()).augment == replace(config.augment, warp=0.0)
+    message = "augment.warp: 0, because the archive has 27 MFCC, and features.mel_bins is below that\n"
+    assert capsys.readouterr().out == message
+    assert adapt.fit_augment(config, archive, {"features.mel_bins"}) == config
 
 
 def test_what_needs_recordings_is_off_for_an_archive(tmp_path, capsys):
