@@ -161,7 +161,7 @@ def test_an_exported_language_model_does_not_overwrite_another_file(model, tmp_p
 @pytest.mark.parametrize(
     "there,message",
     [
-        ("best.safetensors", "holds best.safetensors of another training"),
+        ("best.safetensors", "holds best.safetensors without last.pt"),
         ("config.yaml", "config.yaml would be overwritten; choose another --out"),
     ],
 )

@@ -548,8 +548,8 @@ def test_each_field_of_decoding_reaches_the_search_from_the_checkpoint(tmp_path,
         seen.append(config)
         return beam_search(model, memory, config, **options)
 
-    monkeypatch.setattr(search, "beam_search", spy)
     monkeypatch.setattr("las_fast.search.dataset.beam_search", spy)
+    monkeypatch.setattr("las_fast.search.grid.beam_search", spy)
     path = make_checkpoint(tmp_path, 28, sections={"decoding": settings})
     decoded(path, archive, tmp_path / "out.csv", split="dev-clean")
     decoded(path, archive, tmp_path / "out.csv", "--decoding.beam", "2", split="dev-clean")
