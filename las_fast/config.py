@@ -370,13 +370,18 @@ def check(config: Config) -> Config:
     for name, value, bounds in _numbers(config):
         if bound := bounds.violated(value):
             raise InputError(f"settings: {name} must be {bound}; got {value}")
-    for is_met, message in (*_model_rules(config), *_feature_rules(config), *_training_rules(config)):
-        if not is_met:
-            raise InputError(f"settings: {message}")
+    _require([*_model_rules(config), *_feature_rules(config), *_training_rules(config)])
     return config
 
 
 Rule = tuple[bool, str]  # whether it is met, and the error if not
+
+
+def _require(rules: list[Rule]) -> None:
+    """Raise InputError with the message of the first rule that is not met."""
+    for is_met, message in rules:
+        if not is_met:
+            raise InputError(f"settings: {message}")
 
 
 def _model_rules(config: Config) -> list[Rule]:
@@ -454,7 +459,7 @@ def check_training(config: Config) -> Config:
     Checkpoints of earlier versions may break these rules, which matter only in training.
     """
     training, augment = config.training, config.augment
-    rules = [
+    _require([
         (
             training.guided_frames == 0 or training.guided_weight == 0 or training.ctc_weight > 0,
             "training.guided_frames follows the CTC head, which training.ctc_weight 0 does not train; raise "
@@ -464,10 +469,7 @@ def check_training(config: Config) -> Config:
             augment.join == 0 or " " in config.data.characters,
             "augment.join joins transcripts by a space, which data.characters lacks; add it, or set augment.join to 0",
         ),
-    ]
-    for valid, message in rules:
-        if not valid:
-            raise InputError(message)
+    ])  # fmt: skip
     return config
 
 
