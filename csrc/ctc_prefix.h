@@ -26,8 +26,7 @@ constexpr float MIN_SUM = 1e-30f;  // larger sums are accurate: terms that under
 struct CtcLogProbs {
   CtcLogProbs() = default;
   CtcLogProbs(const float* log, int64_t T, int64_t V) : log(log), T(T), V(V), max_log(V, -INFINITE) {
-    // Drop frames at the end that are blank with probability 1: they change nothing, and padding consists of them.
-    while (this->T > 0 && log[(this->T - 1) * V + BLANK] == 0.0f) --this->T;
+    while (this->T > 0 && is_padding(log + (this->T - 1) * V)) --this->T;
     for (int64_t t = 0; t < this->T; ++t)
       for (int64_t v = 0; v < V; ++v) max_log[v] = std::max(max_log[v], log[t * V + v]);
     std::vector<float> relative(this->T * V);
@@ -40,6 +39,13 @@ struct CtcLogProbs {
         });
     });
     relative_probs = pack<float>(relative.data(), 1, V, V, this->T, memory);
+  }
+
+  // Whether all tokens but the blank are impossible in a frame. Such frames at the end change nothing.
+  bool is_padding(const float* frame) const {
+    if (frame[BLANK] != 0.0f) return false;
+    const auto rest = std::max_element(frame + BLANK + 1, frame + V);
+    return rest == frame + V || *rest == -INFINITE;
   }
 
   const float* log = nullptr;  // (T, V)

@@ -224,7 +224,7 @@ struct LiveBeams {
   int64_t count() const { return int64_t(rows.size()); }
   int64_t initial_state() const { return max_rows - 1; }  // row of the state before the first token, which is zeros
 
-  int64_t max_rows;  // live beams at most, and the initial state
+  int64_t max_rows;  // state rows: live beams at most, and the initial state
   std::vector<LiveBeam> rows;
   std::vector<int64_t> parent_rows;
   std::vector<int64_t> parent_index;  // (max_rows,): index in parent_rows of each row, or -1

@@ -23,10 +23,10 @@ namespace las {
 
 constexpr int64_t MIN_SHARED_PANELS = 4;  // per thread; with fewer, waiting takes longer than reading the weights
 
-// How a team ends when members fail: none may leave while others wait for it at a barrier. A member that fails between
-// barriers k and k + 1 stores k + 1 here and goes there. The others cannot get past that barrier without it. So all
-// that fail do so between the same two barriers and store the same number, and whoever leaves barrier k + 1 sees it and
-// stops. One that sees it when it leaves barrier k goes on to k + 1. run_team has a barrier after the body's last.
+// How a team ends when members fail. A member that fails still goes to its next barrier, so that none waits forever; it
+// first stores the number of that barrier. Every member reads the number after each barrier, and stops once it has
+// passed that one. Members are never more than one barrier apart, so all that fail store the same number. run_team has
+// a barrier after the body's last.
 struct TeamFailure {
   std::atomic_flag is_set;
   std::exception_ptr error;                      // of the first to fail

@@ -169,6 +169,17 @@ def test_frames_that_are_certainly_blank_are_exact(backend, certain):
     assert_same(actual, CtcState(*(x.float() for x in exact)))
 
 
+def test_frames_whose_blank_rounds_to_probability_1_are_no_padding(backend):
+    logits = torch.zeros(1, 4, 6)
+    logits[:, :, 0], logits[:, :, 3] = 18.0, 1.0
+    ctc_log_probs = torch.log_softmax(logits, -1)
+    assert (ctc_log_probs[:, :, 0] == 0).all() and ctc_log_probs[0, 0, 3] > -18
+    for frames in (4, 1):
+        actual = extend_texts(ctc_log_probs[:, :frames], [(3,), (4,)], backend=backend)
+        assert_same(actual, extend_texts(ctc_log_probs[:, :frames], [(3,), (4,)], backend="reference"))
+        assert (actual.prefix_log_probs > -40).all()
+
+
 def test_a_frame_of_nan_allows_no_hypothesis(backend):
     logits = torch.zeros(1, 3, 5)
     logits[0, 1, 3] = NAN
