@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.splits import scored_split
+from las_fast.arguments import as_path
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingSettings
@@ -26,7 +27,7 @@ from las_fast.deploy.onnx_greedy import Recogniser
 from las_fast.errors import InputError
 from las_fast.export import export_onnx
 from las_fast.model.attention import Memory
-from las_fast.options import Parser, as_path
+from las_fast.options import Parser
 from las_fast.search.beam import greedy_search
 from las_fast.splits import add_utterance_options
 from las_fast.text import EOS, SOS

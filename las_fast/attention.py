@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from las_fast.arguments import add_beam_options, add_device_option, as_file, as_path, as_recording, check_beam_options
 from las_fast.cli import run
 from las_fast.errors import InputError, show
 from las_fast.files import DEFAULT_MODEL, prepare_output_file, write_atomically
-from las_fast.options import Parser, add_beam_options, as_file, as_path, as_recording, check_beam_options
+from las_fast.options import Parser
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     import numpy as np
@@ -77,7 +78,7 @@ def parser() -> Parser:
         metavar="FILE.png",
         help="picture to write (default: FILE.attention.png or ID.attention.png in the current folder)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_device_option(parser)
     return parser
 
 
@@ -152,9 +153,10 @@ def check_span(start: float, end: float | None) -> None:
 
 
 def is_png(path: Path) -> bool:
-    """Return whether a file is a PNG."""
+    """Return whether a file is a PNG of Matplotlib."""
     with path.open("rb") as file:
-        return file.read(4) == b"\x89PNG"
+        start = file.read(256)
+    return start.startswith(b"\x89PNG") and b"Matplotlib" in start
 
 
 def make_picture(

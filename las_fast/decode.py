@@ -12,13 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from las_fast.arguments import add_beam_options, add_device_option, add_lm_option, as_file, as_path, check_beam_options
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, DecodingSettings, check_decoding
 from las_fast.errors import InputError
 from las_fast.files import first_line, prepare_output_file
-from las_fast.options import Parser, add_beam_options, as_file, as_path, check_beam_options, parse_settings
+from las_fast.options import Parser, parse_settings
 from las_fast.search.ngram import with_default_weight
-from las_fast.splits import check_fits, load_splits
+from las_fast.splits import add_utterance_options, check_fits, load_splits
 from las_fast.system import choose_device, return_freed_memory
 from las_fast.text import remedy
 
@@ -54,24 +55,14 @@ def parser() -> Parser:
         metavar="FILE",
         help="also write a JSON line per utterance: scores, attended frames, words and the n best texts",
     )
-    parser.add_argument(
-        "--lm",
-        metavar="FILE",
-        help="language model; its weight is 0.1 unless the checkpoint sets one (default: the checkpoint's)",
-    )
-    parser.add_argument(
-        "--on-bad",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with utterances that cannot be used; skip: list them and continue (default: error)",
-    )
-    parser.add_argument("--normalise-text", action="store_true", help="map transcripts to the checkpoint's characters")
+    add_lm_option(parser)
+    add_utterance_options(parser, on_bad="error")
     parser.add_argument(
         "--any-features",
         action="store_true",
         help="accept precomputed features for a checkpoint of recordings, and the reverse",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_device_option(parser)
     return parser
 
 
@@ -113,6 +104,8 @@ def check_options(options: argparse.Namespace) -> None:
     check_beam_options(options)
     if options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
+    if options.nbest > 1 and not options.jsonl:
+        raise InputError(f"--nbest {options.nbest} has no effect without --jsonl, which holds the hypotheses; add it")
     if options.jsonl and os.path.realpath(options.jsonl) == os.path.realpath(options.out):
         raise InputError(f"--out and --jsonl are both {options.out}; give two different files")
     inputs = (options.data, options.checkpoint, options.lm)
@@ -124,14 +117,15 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def is_submission(path: Path) -> bool:
-    """Return whether a file looks like a submission: its first line has two columns, the first named id or index."""
-    columns = first_line(path).split(",")
-    return len(columns) == 2 and columns[0].lower() in ("id", "index")
+    """Return whether a file looks like a submission, from the two columns of its first line."""
+    first, _, second = first_line(path).lower().partition(",")
+    return first in ("id", "index") and second in ("label", "labels", "predictions", "transcription")
 
 
 def is_jsonl(path: Path) -> bool:
     """Return whether a file looks like the JSON lines of this command, from its first line."""
-    return first_line(path).startswith('{"id": ')
+    line = first_line(path)
+    return line.startswith('{"id": ') and '"text": ' in line and '"score": ' in line
 
 
 def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig) -> None:
@@ -145,14 +139,16 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     print(f"data: {corpus.name}")
     check_fits(corpus, loaded, any_features=options.any_features)
     splits = corpus.resolve(options.split)
+    dataset = load_splits(
+        corpus, splits, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text, need_text=False
+    )
     normalised = options.normalise_text or loaded.config.data.normalise_text
-    dataset = load_splits(corpus, splits, loaded, on_bad=options.on_bad, normalise_text=normalised, need_text=False)
     check_references(dataset, loaded, normalised=normalised)
     started = time.perf_counter()
     hypotheses = model.decode_dataset(dataset, decoder, nbest=options.nbest, words=bool(options.jsonl))
     seconds = time.perf_counter() - started
     rows = [jsonl_row(dataset, i, hypotheses[i], loaded) for i in range(len(dataset))]
-    write_results(options, corpus, splits, dataset, rows)
+    write_results(options, corpus, dataset, rows)
     warn_of_fault([row["text"] for row in rows], loaded)
     summary = summarise(dataset, rows, seconds)
     print(format_summary(summary, options.out))
@@ -234,20 +230,17 @@ def recording_words(dataset: SpeechDataset, i: int, words: tuple[Word, ...], fra
     ]
 
 
-def write_results(
-    options: argparse.Namespace, corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset, rows: list[dict]
-) -> None:
+def write_results(options: argparse.Namespace, corpus: Corpus, dataset: SpeechDataset, rows: list[dict]) -> None:
     """Write the submission and the JSON lines; a skipped utterance has an empty text in the submission only."""
     from las_fast.files import write_text_atomically
     from las_fast.output.submission import write_submission
 
-    ids = [(split, utterance.id) for split in splits for utterance in corpus.utterances(split)]
-    texts = [""] * len(ids)
+    texts = [""] * len(dataset.listing)
     shared = False  # whether the dataset has prefixed ids with their splits, because splits share ids
     for position, row in zip(dataset.positions.tolist(), rows, strict=True):
         texts[position] = row["text"]
-        shared = shared or row["id"] != ids[position][1]
-    names = [f"{split}/{name}" if shared else name for split, name in ids]
+        shared = shared or row["id"] != dataset.listing[position][1]
+    names = [f"{split}/{name}" if shared else name for split, name in dataset.listing]
     write_submission(options.out, names, texts, header=corpus.header, numbered=corpus.numbered)
     if options.jsonl:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -23,11 +23,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from las_fast.arguments import add_beam_options, as_folder, check_beam_options
 from las_fast.cli import run
 from las_fast.config import Config, check, load_config
 from las_fast.data import spoken
 from las_fast.errors import InputError
-from las_fast.options import Parser, add_beam_options, as_folder, check_beam_options, check_names, field_names, override
+from las_fast.options import Parser, check_names, field_names, override
 from las_fast.tree import to_tree
 
 PRESET = "tiny"

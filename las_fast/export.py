@@ -22,11 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from las_fast.arguments import as_file
 from las_fast.cli import run
-from las_fast.config import DecodingSettings, check
+from las_fast.config import DecodingConfig, DecodingSettings, check
 from las_fast.errors import InputError
 from las_fast.files import prepare_output_file, safetensors_format
-from las_fast.options import Parser, as_file, parse_settings
+from las_fast.options import Parser, parse_settings
 from las_fast.search.ngram import lm_path_for
 from las_fast.system import is_installed
 
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         return DecodingSettings(loaded[0].config.decoding)
 
     options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
+    if options.format == "onnx":
+        check_onnx_settings(loaded[0].config.decoding, settings.decoding)
     write = export if options.format == "safetensors" else export_onnx
     written = write(loaded[0], settings, options.out)
     for path in written:
@@ -112,6 +115,15 @@ def check_onnx_out(out: Path, loaded: Loaded, inputs: Sequence[Path]) -> None:
             suffixes=(".onnx",),
             may_replace=is_las_fast_onnx,
         )
+
+
+def check_onnx_settings(before: DecodingConfig, after: DecodingConfig) -> None:
+    """Raise InputError if a setting was changed that the models in ONNX do not keep."""
+    kept = ("maximum_share", "maximum_extra")
+    for name, value in vars(after).items():
+        if value != getattr(before, name) and name not in kept:
+            option, *options = (f"--decoding.{n.replace('_', '-')}" for n in (name, *kept))
+            raise InputError(f"ONNX does not keep {option}; of these settings, give only {' and '.join(options)}")
 
 
 def onnx_paths(out: Path) -> dict[str, Path]:
@@ -222,7 +234,7 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
 
 
 def export_onnx(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
-    """Write the listener and the speller of a model in ONNX, in float32, with the length limits of the settings.
+    """Write the listener and the speller of a model in ONNX, in float32, with two length limits of the settings.
 
     Returns:
         The paths of the files written.

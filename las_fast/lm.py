@@ -1,4 +1,4 @@
-"""python -m las_fast.lm: a character n-gram model from text, for --lm of decode, transcribe and tune.
+"""python -m las_fast.lm: a character n-gram model from text, for --lm of decode, transcribe, serve, tune.
 
 Texts are plain files with one sentence per line (.gz too), LibriSpeech's *.trans.txt, Kaldi's text, anything that
 --data of the other commands takes (the transcripts of a split), or folders of transcripts as .npy.
@@ -35,12 +35,13 @@ from typing import Any
 
 import numpy as np
 
+from las_fast.arguments import as_file, as_path
 from las_fast.cli import run
 from las_fast.data.overlap import COMMON_WORDS, Excluded
 from las_fast.data.texts import map_text, read_excluded, read_texts
 from las_fast.errors import InputError
 from las_fast.files import prepare_output_file
-from las_fast.options import Parser, as_file, as_path
+from las_fast.options import Parser
 from las_fast.progress import track
 from las_fast.search.density_ratio import subtract
 from las_fast.search.kneser_ney import (

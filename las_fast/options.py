@@ -7,19 +7,19 @@ prints one sentence after "error: " that names the nearest valid argument, if on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import itertools
-import math
 import os
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
-from las_fast.config import MAX_BEAM, Config
+from las_fast.config import Config
 from las_fast.errors import InputError, show
 from las_fast.plain_yaml import Plain, parse_bool, parse_number
 from las_fast.tree import from_tree, to_tree
@@ -39,11 +39,11 @@ NEAR = 0.65  # difflib ratio from which a name is suggested for an unknown one
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "True or False"}
 
 
-def _with_infinities(words: Iterable[str]) -> Iterator[str]:
-    """Join an option and the value -inf with "=", because argparse takes -inf for an option."""
+def _with_negative_numbers(words: Iterable[str]) -> Iterator[str]:
+    """Join an option and a value such as -inf or -1e3 with "=", because argparse takes it for an option."""
     option = None
     for word in words:
-        if option and word == "-inf":
+        if option and word.startswith("-") and _is_number(word):
             yield f"{option}={word}"
             option = None
             continue
@@ -54,6 +54,13 @@ def _with_infinities(words: Iterable[str]) -> Iterator[str]:
             yield word
     if option:
         yield option
+
+
+def _is_number(word: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(word)
+        return True
+    return False
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,7 +74,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         self._words = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(list(_with_infinities(self._words)), namespace)
+        return super().parse_known_args(list(_with_negative_numbers(self._words)), namespace)
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         options, rest = self.parse_known_args(args, namespace)
@@ -222,7 +229,7 @@ def override(parser: Parser, start: Settings, words: list[str]) -> Settings:
     while words:
         name, equals, value = words.pop(0).partition("=")
         values = [value] if equals else []
-        while not equals and words and not _is_name(words[0]):
+        while words and not _is_name(words[0]):
             values.append(words.pop(0))
         field = name[2:].replace("_", "-")
         if field not in names:
@@ -287,71 +294,3 @@ def _value(kind: Any, word: str, option: str) -> Any:
     if value is None:
         raise InputError(f"{option} must be {TYPE_NAMES[kind.__name__]}; got {word!r}")
     return value
-
-
-def add_beam_options(parser: argparse.ArgumentParser, *, beam: int | None = None) -> None:
-    """Add --beam, with the default `beam`, and --beam-threshold, by default None."""
-    default = "the checkpoint's" if beam is None else beam
-    parser.add_argument("--beam", type=int, default=beam, help=f"beam width; 1 is greedy (default: {default})")
-    parser.add_argument(
-        "--beam-threshold",
-        type=float,
-        metavar="X",
-        help="drop hypotheses more than X nats below the best; 0: drop none (default: the checkpoint's)",
-    )
-
-
-def check_beam_options(options: argparse.Namespace) -> None:
-    """Raise InputError if --beam or --beam-threshold is out of range."""
-    beam, threshold = options.beam, options.beam_threshold
-    if beam is not None and not 1 <= beam <= MAX_BEAM:
-        raise InputError(f"--beam must be from 1 to {MAX_BEAM}; got {beam}")
-    if threshold is not None and not 0 <= threshold < math.inf:
-        raise InputError(f"--beam-threshold must be a finite number of at least 0; got {threshold:g}")
-
-
-def as_path(word: str) -> Path:
-    """Convert an argument to a path, and expand ~ where the shell does not, as in --out=~/run."""
-    from las_fast.files import expand
-
-    if not word:
-        raise argparse.ArgumentTypeError("the path is empty; give one")
-    try:
-        return expand(word)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def as_recording(word: str) -> Path:
-    """Convert an argument to the path of a recording; "-" is standard input, and ./- a file of that name."""
-    path = as_path(word)
-    return path.absolute() if str(path) == "-" != word else path  # pathlib turns ./- into -
-
-
-def as_folder(word: str) -> Path:
-    """Convert an argument to the path of an output folder; a new name like that of a file is an error."""
-    from las_fast.files import KNOWN_SUFFIXES
-
-    path = as_path(word)
-    if path.suffix.lower() in KNOWN_SUFFIXES and not word.endswith(os.sep) and not path.exists():
-        raise argparse.ArgumentTypeError(f"{word} has the suffix of a file; give a folder, or add a slash: {word}/")
-    return path
-
-
-class Output(NamedTuple):
-    """A file or a folder to write."""
-
-    path: Path
-    is_marked_folder: bool  # whether it was written with a slash at its end
-
-
-def as_output(word: str) -> Output:
-    """Convert an argument to the path of an output file or folder."""
-    return Output(as_path(word), word.endswith(os.sep))
-
-
-def as_file(word: str) -> Path:
-    """Convert an argument to the path of an output file; a trailing slash, which means a folder, is an error."""
-    if word.endswith(os.sep):
-        raise argparse.ArgumentTypeError(f"{word} is a folder; give the name of a file to write")
-    return as_path(word)

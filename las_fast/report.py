@@ -21,10 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from las_fast.arguments import as_file, as_path
 from las_fast.cli import run
 from las_fast.errors import InputError, show
 from las_fast.files import nearest_path_hint, prepare_output_file
-from las_fast.options import Parser, as_file, as_path
+from las_fast.options import Parser
 
 if TYPE_CHECKING:  # importing these would slow down --help
     import numpy as np

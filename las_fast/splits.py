@@ -18,14 +18,20 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.data.dataset import SpeechDataset
 
 
-def add_utterance_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a command with open_split: --on-bad and --normalise-text."""
+def add_utterance_options(parser: argparse.ArgumentParser, *, on_bad: str | None = None) -> None:
+    """Add the options of a command with open_split or load_splits: --on-bad with this default, and --normalise-text."""
     parser.add_argument(
         "--on-bad",
         choices=("error", "skip"),
-        help="what to do with utterances that cannot be used; skip: list them and continue (default: as in training)",
+        default=on_bad,
+        help="what to do with utterances that cannot be used; skip: list them and continue "
+        f"(default: {on_bad or 'as in training'})",
     )
-    parser.add_argument("--normalise-text", action="store_true", help="map transcripts to the checkpoint's characters")
+    parser.add_argument(
+        "--normalise-text",
+        action="store_true",
+        help="map transcripts to the checkpoint's characters, even if the training did not",
+    )
 
 
 def open_split(
@@ -114,7 +120,7 @@ def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool | None = No
             option = "" if any_features is None else ", or add --any-features to decode it anyway"
             raise InputError(f"{problem}; give data of the same kind{option}")
         print(f"warning: {problem}; expect many errors", file=sys.stderr)
-    elif corpus.kind == "features" and known["name"] != corpus.name:
+    elif corpus.feature_kind and known["name"] != corpus.name:  # a manifest's name says nothing about its frames
         print(
             f"warning: checkpoint {loaded.path} was trained on {known['name']}, but this is {corpus.name}; "
             "its frames have the same size but may be computed differently",

@@ -14,11 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from las_fast.arguments import (
+    add_beam_options,
+    add_device_option,
+    add_lm_option,
+    add_vad_option,
+    as_output,
+    as_recording,
+    check_beam_options,
+)
 from las_fast.cli import require_stdout, run
-from las_fast.config import VADS
 from las_fast.errors import BadRecording, InputError, show
 from las_fast.files import DEFAULT_MODEL, KNOWN_SUFFIXES, make_folder, may_be_file_name
-from las_fast.options import Parser, add_beam_options, as_output, as_recording, check_beam_options
+from las_fast.options import Parser
 from las_fast.output.formats import FORMATS, STYLE_OPTIONS, SUFFIXES, Style, Use, suffix_list, unused_option
 from las_fast.output.subtitles import SubtitleSize
 from las_fast.output.transcripts import (
@@ -78,24 +86,18 @@ def parser() -> Parser:
     add("--word-times", action="store_true", help="with vtt: a time tag per word, for players that highlight words")
     add("--nbest", type=int, default=1, metavar="N", help="with json: maximum hypotheses per segment (default: 1)")
     add_beam_options(parser)
-    add(
-        "--lm",
-        metavar="FILE",
-        help="language model; its weight is 0.1 unless the checkpoint sets one (default: the checkpoint's)",
-    )
+    add_lm_option(parser)
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help="leave out segments with a lower speech score, which are mostly noise; no effect without a CTC head "
         f"(default: {MIN_SPEECH_SCORE}; -inf keeps all)")  # fmt: skip
-    add("--vad", choices=VADS, default="energy",
-        help="how speech and pauses are found; silero: by the network of the package silero-vad, which tells speech "
-        "from music and changing noise (default: energy)")  # fmt: skip
+    add_vad_option(parser)
     add(
         "--on-bad",
         choices=("error", "skip"),
         default="error",
         help="what to do with files that cannot be read; skip: warn, continue, and exit with status 1 (default: error)",
     )
-    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_device_option(parser)
     return parser
 
 
@@ -119,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     from las_fast.recogniser import Recogniser
 
     device = choose_device(options.device)
-    model = Recogniser(load_model(options.checkpoint or default_model(), device), device, lm_option="--lm ")
+    checkpoint = default_model() if options.checkpoint is None else options.checkpoint
+    model = Recogniser(load_model(checkpoint, device), device, lm_option="--lm ")
     done = 0
     for path, transcript in transcribe(paths, model, options):
         emit(path, transcript, options, targets, several=len(paths) > 1)

@@ -11,15 +11,17 @@ import csv
 import io
 import itertools
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from las_fast.arguments import add_device_option, add_lm_option, as_file, as_path
 from las_fast.cli import require_stdout, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.files import first_line, prepare_output_file
-from las_fast.options import Parser, as_file, as_path
+from las_fast.options import Parser
 from las_fast.search.ngram import load_ngram_model, with_default_weight
 from las_fast.splits import add_utterance_options, open_split
 from las_fast.system import choose_device, return_freed_memory
@@ -49,11 +51,9 @@ def parser() -> Parser:
     )
     parser.add_argument("--split", default="dev", help="split name (default: dev)")
     add_utterance_options(parser)
-    parser.add_argument(
-        "--lm", metavar="FILE", help="language model, see las_fast.lm (default: the checkpoint's, if any)"
-    )
+    add_lm_option(parser)
     parser.add_argument("--out", type=as_file, metavar="FILE.csv", help="also write the table to this file")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_device_option(parser)
     for name in GRID:
         number = int if name == "beam" else float
         parser.add_argument(
@@ -104,10 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     texts = decode_grid(loaded, dataset, settings, ngram, device)
     order, rows = rank(names, settings, [text or "" for text in dataset.texts], texts)
     print(f"{len(dataset)} utterances of {options.split}\n" + "\n".join("".join(map("{:>16}".format, r)) for r in rows))
-    best = [f"--decoding.{name.replace('_', '-')} {value}" for name, value in zip(names, rows[1], strict=False)]
-    if options.lm and settings[order[0]].ngram_weight:
-        best.append(f"--lm {options.lm}")
-    print(f"best: {' '.join(best)}")
+    best = settings[order[0]]
+    exact = {name: repr(getattr(best, name)).removesuffix(".0") for name in names}
+    words = [f"--decoding.{name.replace('_', '-')} {value}" for name, value in exact.items()]
+    if options.lm and best.ngram_weight:
+        words.append(f"--lm {shlex.quote(options.lm)}")
+    print(f"best: {' '.join(words)}")
     if options.out:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)

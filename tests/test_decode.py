@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from las_fast.errors import InputError
 from las_fast.output import faults
 from las_fast.output.metrics import score
 from las_fast.output.transcripts import Word
+from las_fast.recogniser import Recogniser
 from las_fast.search.beam import Hypothesis
 from las_fast.text import Vocabulary
 
@@ -166,6 +168,34 @@ def test_a_skipped_utterance_still_has_a_row(tmp_path, capsys):
     assert rows(tmp_path / "out.csv")[3][1] == "" and last_line(capsys)["utterances"] == 4
 
 
+def test_files_added_or_removed_during_decoding_move_no_text(workspace, monkeypatch, tmp_path):
+    archive = make_archive(tmp_path, "S25", utterances=4)
+    make_checkpoint(tmp_path, 80)
+    decode(tmp_path, data=archive.name, checkpoint="untrained-80.safetensors", split="test")
+    expected, folder = rows(tmp_path / "out.csv"), archive / "test-clean" / "fbank"
+    whole = Recogniser.decode_dataset
+
+    def decode_dataset(*arguments, **options):
+        hypotheses = whole(*arguments, **options)
+        first, *_ = sorted(folder.iterdir())
+        shutil.copy(first, folder / "0.npy")
+        first.unlink()
+        return hypotheses
+
+    monkeypatch.setattr(Recogniser, "decode_dataset", decode_dataset)
+    decode(tmp_path, data=archive.name, checkpoint="untrained-80.safetensors", split="test")
+    assert rows(tmp_path / "out.csv") == expected and len(expected) == 5
+
+
+def test_a_manifest_of_features_may_have_another_name_than_that_of_the_training(tmp_path, capsys):
+    archive = make_archive(tmp_path, "F23", utterances=3)
+    lines = "".join(f"{path}\n" for path in sorted((archive / "dev-clean" / "mfcc").iterdir()))
+    (tmp_path / "dev.tsv").write_text(f"path\n{lines}")
+    info = {"data": {"kind": "features", "name": "manifest train.tsv"}}
+    decode(tmp_path, data="dev.tsv", split="dev", checkpoint=make_checkpoint(tmp_path, info=info).name)
+    assert "warning: checkpoint" not in capsys.readouterr().err
+
+
 def test_audio_is_decoded_with_the_checkpoints_features(tmp_path, capsys):
     manifest = make_manifest(tmp_path / "data")
     checkpoint = make_checkpoint(tmp_path, 20, mel_bins=23)
@@ -306,7 +336,8 @@ def test_a_corrupt_checkpoint_is_an_error(workspace, capsys):
     ("argv", "message"),
     [
         (["--split", "dev-other"], "no split 'dev-other'; it has"),
-        (["--nbest", "9", "--beam", "2"], "--nbest 9 needs a beam of at least 9; give --beam 9"),
+        (["--nbest", "9"], "--nbest 9 has no effect without --jsonl, which holds the hypotheses; add it"),
+        (["--nbest", "9", "--beam", "2", "--jsonl", "r.jsonl"], "--nbest 9 needs a beam of at least 9; give --beam 9"),
         (["--decoding.beam", "4", "--beam", "8"], "--beam 8 and --decoding.beam 4 disagree; give one of them"),
         (["--beam-threshold", "-1"], "--beam-threshold must be a finite number of at least 0; got -1"),
         (["--decoding.beam-threshold", "-1"], "decoding.beam_threshold must be at least 0; got -1"),
@@ -415,8 +446,8 @@ def test_option_values_of_another_type_are_refused(argv, message, capsys):
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("id,label", True), ("Index,Label", True), ("ID,x", True), ("id", False), ("name,label", False),
-     ("id,label,more", False), ("", False)],
+    [("id,label", True), ("Index,Labels", True), ("ID,transcription", True), ("id,predictions", True), ("id", False),
+     ("name,label", False), ("id,text", False), ("id,label,more", False), ("", False)],
 )  # fmt: skip
 def test_a_submission_is_recognised_by_its_two_columns(tmp_path, line, expected):
     path = tmp_path / "s.csv"
@@ -426,7 +457,9 @@ def test_a_submission_is_recognised_by_its_two_columns(tmp_path, line, expected)
 
 def test_json_lines_are_recognised_by_their_beginning(tmp_path):
     path = tmp_path / "r.jsonl"
-    for text, expected in (('{"id": "u0"}\n', True), ('{"name": "u0"}\n', False), ('[{"id": 1}]', False)):
+    manifest = '{"id": "u0", "path": "a.wav", "text": "A"}'
+    for text, expected in (('{"id": "u0", "text": "A", "score": -1.5}\n', True), ('{"name": "u0"}\n', False),
+                           ('[{"id": 1}]', False), (manifest, False)):  # fmt: skip
         path.write_text(text)
         assert command.is_jsonl(path) is expected
 

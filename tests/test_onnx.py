@@ -79,6 +79,14 @@ def listen_in_torch(loaded, arrays):
         return loaded.model.listen(*batch_of(inputs))
 
 
+def test_a_setting_that_onnx_does_not_keep_is_refused():
+    settings = DecodingConfig(beam=8)
+    export.check_onnx_settings(settings, replace(settings, maximum_extra=3, maximum_share=0.2))
+    message = "ONNX does not keep --decoding.beam; .* give only --decoding.maximum-share and --decoding.maximum-extra"
+    with pytest.raises(InputError, match=message):
+        export.check_onnx_settings(settings, replace(settings, beam=4, maximum_extra=3))
+
+
 def listen_in_onnx(session, arrays, filler=0.0):
     frames, counts = batch_of(arrays, filler)
     outputs = session.run(None, {"frames": frames.numpy(), "frame_counts": counts.numpy()})

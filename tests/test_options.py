@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from las_fast import cli, options
+from las_fast import arguments, cli, options
+from las_fast.arguments import as_path, as_recording
 from las_fast.config import Config, DecodingConfig, SpellerConfig, TeacherForcingStage, to_tree
 from las_fast.errors import InputError
-from las_fast.options import SYNONYMS, Parser, as_path, as_recording, parse_settings
+from las_fast.options import SYNONYMS, Parser, parse_settings
 
 COMMANDS = (*(module.removeprefix("las_fast.") for module, _ in cli.COMMANDS.values()), "data.spoken", "data.kokoro")
 
@@ -240,7 +241,7 @@ def test_a_folder_may_have_the_suffix_of_a_file_with_a_slash_or_if_it_exists(tmp
     monkeypatch.chdir(tmp_path)
     Path("old.zip").mkdir()
     for word in ("new.zip/", "old.zip", "runs/v1.2", "run.new", "."):
-        assert options.as_folder(word) == Path(word)
+        assert arguments.as_folder(word) == Path(word)
 
 
 def test_paths_may_begin_with_the_home_folder(monkeypatch):
@@ -336,6 +337,19 @@ def test_every_synonym_leads_to_an_option():
     fields = {f"--{field}" for field in options.field_names(to_tree(Config()))}
     flags = {"--out", "--init", "--device", *decode.parser()._option_string_actions}
     assert set(SYNONYMS.values()) <= fields | flags
+
+
+@pytest.mark.parametrize("value", ["-1e3", "-1E-2", "-.5", "-2"])
+def test_a_negative_number_is_a_value(value):
+    parser = Parser()
+    parser.add_argument("--limit", type=float)
+    assert parser.parse_args(["--limit", value]).limit == float(value)
+
+
+def test_a_list_may_begin_after_an_equals_sign(capsys):
+    settings = settings_of("--training.restarts=10", "20", "--training.epochs=30")
+    assert settings.training.restarts == (10, 20) and settings.training.epochs == 30
+    assert "--decoding.beam" in error_of(capsys, settings_of, "--decoding.beam=4", "5")
 
 
 @pytest.mark.parametrize("words", [["--limit", "-inf"], ["--limit=-inf"], ["--flag", "--limit", "-inf", "x"]])

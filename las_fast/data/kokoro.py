@@ -33,13 +33,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from las_fast.arguments import as_folder, as_path
 from las_fast.data.kokoro_model import Kokoro, Speaker, load_packages, make_speakers, read_voices
 from las_fast.data.kokoro_workers import record_all
 from las_fast.data.overlap import COMMON_WORDS, Excluded
 from las_fast.data.texts import map_text, read_excluded, read_texts
 from las_fast.errors import InputError
 from las_fast.files import lock_folder, make_folder, write_atomically, write_text_atomically
-from las_fast.options import Parser, as_folder, as_path
+from las_fast.options import Parser
 from las_fast.progress import progress
 from las_fast.text import CHARACTERS, normalise_text
 

@@ -30,12 +30,13 @@ from typing import Any
 
 import numpy as np
 
+from las_fast.arguments import as_folder
 from las_fast.config import FeatureConfig
 from las_fast.data.espeak import ACCENTS, Synthesiser, load_espeak
 from las_fast.data.features import compute_features
 from las_fast.data.sentences import random_sentence
 from las_fast.errors import InputError, show
-from las_fast.options import Parser, as_folder
+from las_fast.options import Parser
 from las_fast.progress import Progress
 from las_fast.system import cores
 

@@ -19,11 +19,11 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from las_fast.arguments import add_beam_options, add_device_option, add_lm_option, add_vad_option, check_beam_options
 from las_fast.cli import run
-from las_fast.config import VADS
 from las_fast.errors import InputError, print_error, show
 from las_fast.files import DEFAULT_MODEL
-from las_fast.options import Parser, add_beam_options, check_beam_options
+from las_fast.options import Parser
 from las_fast.output.transcripts import MIN_SPEECH_SCORE
 from las_fast.serve.limits import add_options, parse_limits
 from las_fast.system import choose_device, return_freed_memory
@@ -46,16 +46,15 @@ def parser() -> Parser:
     add("--port", type=int, default=8000, help="port to listen on; 0 chooses a free one (default: 8000)")
     add_options(parser)
     add_beam_options(parser)
-    add("--lm", metavar="FILE", help="language model, as in transcribe (default: the checkpoint's)")
+    add_lm_option(parser)
     add("--batch-seconds", type=float, default=60.0, metavar="N",
         help="seconds of speech decoded together; 0: one segment at a time (default: 60)")  # fmt: skip
     add("--nbest", type=int, help=f"maximum hypotheses per segment on the page (default: {NBEST}, at most the beam)")
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help=f"leave out segments with a lower speech score; -inf keeps all (default: {MIN_SPEECH_SCORE})")  # fmt: skip
-    add("--vad", choices=VADS, default="energy",
-        help="how speech and pauses are found; silero needs silero-vad and onnxruntime (default: energy)")  # fmt: skip
+    add_vad_option(parser)
     add("--language", default="english", help="language that verbose_json reports (default: english)")
-    add("--device", default="auto", help="cpu, cuda or cuda:1 (default: cuda if available)")
+    add_device_option(parser)
     add("--quiet", action="store_true", help="do not log a line per request to standard error")
     return parser
 
@@ -129,8 +128,8 @@ def open_model(options: argparse.Namespace) -> tuple[Recogniser, str]:
     from las_fast.recogniser import Recogniser
 
     device = choose_device(options.device)
-    loaded = load_model(options.checkpoint or default_model(), device)
-    return Recogniser(loaded, device, lm_option="--lm "), loaded.name
+    loaded = load_model(default_model() if options.checkpoint is None else options.checkpoint, device)
+    return Recogniser(loaded, device, lm_option="--lm "), show(loaded.name)
 
 
 def start_log(*, quiet: bool) -> None:

@@ -1,0 +1,103 @@
+"""Options that several commands have, and the types of arguments that are paths."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from las_fast.config import MAX_BEAM, VADS
+from las_fast.errors import InputError
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
+
+
+def add_lm_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lm",
+        metavar="FILE|NAME",
+        help="language model: a file of las_fast.lm, or that of a released model; its weight is 0.1 unless the "
+        "checkpoint sets one (default: the checkpoint's)",
+    )
+
+
+def add_vad_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vad",
+        choices=VADS,
+        default="energy",
+        help="how speech and pauses are found; silero: by the network of the package silero-vad, which tells speech "
+        "from music and changing noise (default: energy)",
+    )
+
+
+def add_beam_options(parser: argparse.ArgumentParser, *, beam: int | None = None) -> None:
+    """Add --beam, with the default `beam`, and --beam-threshold, by default None."""
+    default = "the checkpoint's" if beam is None else beam
+    parser.add_argument("--beam", type=int, default=beam, help=f"beam width; 1 is greedy (default: {default})")
+    parser.add_argument(
+        "--beam-threshold",
+        type=float,
+        metavar="X",
+        help="drop hypotheses more than X nats below the best; 0: drop none (default: the checkpoint's)",
+    )
+
+
+def check_beam_options(options: argparse.Namespace) -> None:
+    """Raise InputError if --beam or --beam-threshold is out of range."""
+    beam, threshold = options.beam, options.beam_threshold
+    if beam is not None and not 1 <= beam <= MAX_BEAM:
+        raise InputError(f"--beam must be from 1 to {MAX_BEAM}; got {beam}")
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise InputError(f"--beam-threshold must be a finite number of at least 0; got {threshold:g}")
+
+
+def as_path(word: str) -> Path:
+    """Convert an argument to a path, and expand ~ where the shell does not, as in --out=~/run."""
+    from las_fast.files import expand
+
+    if not word:
+        raise argparse.ArgumentTypeError("the path is empty; give one")
+    try:
+        return expand(word)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def as_recording(word: str) -> Path:
+    """Convert an argument to the path of a recording; "-" is standard input, and ./- a file of that name."""
+    path = as_path(word)
+    return path.absolute() if str(path) == "-" != word else path  # pathlib turns ./- into -
+
+
+def as_folder(word: str) -> Path:
+    """Convert an argument to the path of an output folder; a new name like that of a file is an error."""
+    from las_fast.files import KNOWN_SUFFIXES
+
+    path = as_path(word)
+    if path.suffix.lower() in KNOWN_SUFFIXES and not word.endswith(os.sep) and not path.exists():
+        raise argparse.ArgumentTypeError(f"{word} has the suffix of a file; give a folder, or add a slash: {word}/")
+    return path
+
+
+class Output(NamedTuple):
+    """A file or a folder to write."""
+
+    path: Path
+    is_marked_folder: bool  # whether it was written with a slash at its end
+
+
+def as_output(word: str) -> Output:
+    """Convert an argument to the path of an output file or folder."""
+    return Output(as_path(word), word.endswith(os.sep))
+
+
+def as_file(word: str) -> Path:
+    """Convert an argument to the path of an output file; a trailing slash, which means a folder, is an error."""
+    if word.endswith(os.sep):
+        raise argparse.ArgumentTypeError(f"{word} is a folder; give the name of a file to write")
+    return as_path(word)
