@@ -30,7 +30,7 @@ from las_fast.recogniser import Recogniser
 from las_fast.serve import openai
 from las_fast.serve.attention import attention_of, encode_text
 from las_fast.serve.batcher import Batcher, Event, Job, Upload
-from las_fast.serve.errors import INTERNAL, ApiError, http_error, recording_error
+from las_fast.serve.errors import ApiError, http_error, internal_error, recording_error
 from las_fast.serve.limits import Limits
 from las_fast.serve.metrics import ABORTED, AUDIO_SECONDS, Metrics, ObserveRequests
 from las_fast.serve.uploads import Form, drain, is_received, receive_form, until_disconnected
@@ -185,7 +185,9 @@ class Service:
         """Hold one of the places for requests in progress."""
         self._check_alive()
         if self.in_progress >= self.limits.queue:
-            raise ApiError(503, f"all {self.limits.queue} places are taken; try again in a second", code="queue_full")
+            raise ApiError(
+                503, f"{self.limits.queue} requests are in progress; try again in a second", code="queue_full"
+            )
         self.in_progress += 1
         self.metrics.in_progress.set(self.in_progress)
         try:
@@ -246,7 +248,7 @@ class Service:
         async for event in self._events(request, form, deadline):
             if isinstance(event, Transcript):
                 return event
-        raise INTERNAL
+        raise internal_error()
 
     def _stream(
         self,
@@ -367,7 +369,7 @@ def _reported(error: Exception) -> ApiError:
     reported = recording_error(error)
     if reported is None or reported.status == 500:
         log.error("a request failed", exc_info=error)
-    return reported or INTERNAL
+    return reported or internal_error()
 
 
 async def _page(name: str, request: Request) -> Response:
@@ -379,4 +381,4 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    return INTERNAL.response()
+    return internal_error().response()

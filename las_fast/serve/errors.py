@@ -52,14 +52,16 @@ def recording_error(error: Exception) -> ApiError | None:
     return None
 
 
-INTERNAL = ApiError(500, "the server failed; see its log", code="internal_error")
+def internal_error() -> ApiError:
+    """Return the error to report for a fault of the program or the model."""
+    return ApiError(500, "the server failed; see its log", code="internal_error")
 
 
 def http_error(request: Request, error: HTTPException) -> ApiError:
     """Return the error to report for an unknown address or method."""
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return ApiError(404, f"there is no {where}; las_fast/serve/README.md lists the addresses", code="unknown_url")
+        return ApiError(404, f"there is no {where}; recordings go to POST /v1/audio/transcriptions", code="unknown_url")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         return ApiError(405, f"{where} is not allowed; use {allowed}", code="method_not_allowed")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from las_fast.errors import InputError
 
 MEGABYTE = 2**20
+MAX_LIMIT = 1e9  # of each option
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_limits(options: argparse.Namespace) -> Limits:
-    """Return the limits that the options set; raise InputError if one is not a finite number above 0."""
+    """Return the limits that the options set; raise InputError if one is out of range."""
     for name in ("max_megabytes", "max_seconds", "timeout", "queue"):
         value = getattr(options, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"--{name.replace('_', '-')} must be a finite number above 0; got {value:g}")
+        if not 0 < value <= MAX_LIMIT:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} must be a number above 0 and at most {MAX_LIMIT:g}; got {value:g}")
     return Limits(math.ceil(options.max_megabytes * MEGABYTE), options.max_seconds, options.timeout, options.queue)

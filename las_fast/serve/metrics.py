@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from las_fast.serve.batcher import Batcher
@@ -84,9 +85,10 @@ class ObserveRequests:
 
         try:
             await self.app(scope, receive, watch)
-        except Exception:
-            if not status:  # Starlette will answer 500, outside of this middleware
-                status, is_complete = 500, True
+        except ClientDisconnect:
+            raise
+        except Exception:  # Starlette answers 500, outside of this middleware, unless a stream has begun
+            status, is_complete = 500, True
             raise
         finally:
             self._observe(scope, status if is_complete else ABORTED, time.monotonic() - began)

@@ -13,6 +13,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from las_fast.serve.errors import ApiError
+from las_fast.serve.limits import MEGABYTE
 
 MAX_FIELDS = 50  # in a form
 FORM_BYTES = 65536  # of a form without its file
@@ -31,6 +32,8 @@ class Form:
         value = self.fields.get(name, default)
         if not isinstance(value, str):
             raise ApiError(400, f"{name} must be text; got a file", param=name)
+        if any("\ud800" <= character <= "\udfff" for character in value):  # the charset utf-7 can make them
+            raise ApiError(400, f"{name} has a lone surrogate; send it as UTF-8", param=name)
         return value
 
     def all(self, name: str) -> list[str]:
@@ -58,19 +61,20 @@ async def receive_form(request: Request, max_bytes: int) -> Form:
         ClientDisconnect: the client has disconnected.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise ApiError(400, "send the recording in the field file of a form (multipart/form-data)")
+        raise ApiError(400, 'send a multipart/form-data form with the recording in the field "file"')
     parser = _Parser(request.headers, _stream(request, max_bytes), max_files=1, max_fields=MAX_FIELDS,
                      max_part_size=FORM_BYTES)  # fmt: skip
     try:
         form = await parser.parse()
-    except MultiPartException as error:
-        raise ApiError(400, f"the form cannot be read ({error.message.rstrip('.')}); send it again") from None
+    except (MultiPartException, UnicodeError) as error:
+        reason = getattr(error, "message", None) or str(error)
+        raise ApiError(400, f"the form cannot be read ({reason.rstrip('.')}); send it again as UTF-8") from None
     file = form.get("file")
     if not isinstance(file, UploadFile):
         if not parser.is_complete:
             raise ApiError(400, "the form is cut off; send it again")
         got = "text" if file else "none"
-        raise ApiError(400, f"the form must have the recording in its field file, as a file; got {got}", param="file")
+        raise ApiError(400, f'the form needs the recording, a file, in the field "file"; got {got}', param="file")
     if not parser.is_complete or (file.size or 0) > max_bytes:
         file.file.close()
         raise _too_large(max_bytes) if parser.is_complete else ApiError(400, "the form is cut off; send it again")
@@ -97,7 +101,8 @@ async def _stream(request: Request, max_bytes: int) -> AsyncGenerator[bytes, Non
 
 
 def _too_large(max_bytes: int) -> ApiError:
-    message = f"the file must have at most {max_bytes} bytes; send a shorter one, or compress it as flac, ogg or mp3"
+    limit = f"{max_bytes / MEGABYTE:.3g} MB"
+    message = f"the file must have at most {limit}; send a shorter one, or compress it as flac, ogg or mp3"
     return ApiError(413, message, param="file", code="file_too_large")
 
 

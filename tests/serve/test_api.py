@@ -162,6 +162,15 @@ def test_a_form_without_a_file_is_refused(service):
         assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
+@pytest.mark.parametrize(("charset", "text"), [("undefined", "en"), ("utf-7", "+2AA-")])
+def test_a_form_of_a_hostile_charset_is_refused(service, wav, charset, text):
+    head = f'--x\r\nContent-Disposition: form-data; name="language"\r\n\r\n{text}\r\n'.encode()
+    head += b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+    kind = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+    response = service.client.post("/v1/audio/transcriptions", content=head + wav() + b"\r\n--x--\r\n", headers=kind)
+    assert response.status_code == 400 and "UTF-8" in response.json()["error"]["message"]
+
+
 def test_a_form_that_is_cut_off_is_refused(service, wav):
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
     kind = {"content-type": "multipart/form-data; boundary=x"}
@@ -183,8 +192,8 @@ def test_a_file_that_is_not_audio_is_refused(service, data):
 
 def test_an_unknown_address_or_method_is_refused(service):
     for method, path, status, advice in (
-        ("GET", "/v1/nothing", 404, "README.md lists the addresses"), ("GET", "/transcribe", 405, "; use POST"),
-        ("POST", "/v1/files", 404, "README.md lists the addresses"),
+        ("GET", "/v1/nothing", 404, "go to POST /v1/audio/transcriptions"), ("GET", "/transcribe", 405, "; use POST"),
+        ("POST", "/v1/files", 404, "go to POST /v1/audio/transcriptions"),
     ):  # fmt: skip
         response = service.client.request(method, path, content=b"x" * 100)
         assert (response.status_code, response.json()["error"]["type"]) == (status, "invalid_request_error")
@@ -257,7 +266,7 @@ def test_a_file_at_the_limit_is_accepted_and_a_larger_one_refused(small, wav):
     file = wav().ljust(100_000, b"\0")
     assert small.post(file=file).status_code == 200
     status, error = small.error(file=file + b"\0")
-    assert (status, error["code"]) == (413, "file_too_large") and "100000 bytes" in error["message"]
+    assert (status, error["code"]) == (413, "file_too_large") and "0.0954 MB" in error["message"]
 
 
 def test_a_large_body_is_refused_with_and_without_its_length(small):

@@ -28,10 +28,11 @@ from serve.services import stalled_upload
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--queue", "0"], "--queue must be a finite number above 0; got 0"),
-        (["--timeout", "-1"], "--timeout must be a finite number above 0; got -1"),
-        (["--max-seconds", "inf"], "--max-seconds must be a finite number above 0; got inf"),
-        (["--max-megabytes", "nan"], "--max-megabytes must be a finite number above 0; got nan"),
+        (["--queue", "0"], r"--queue must be a number above 0 and at most 1e\+09; got 0"),
+        (["--timeout", "-1"], r"--timeout must be a number above 0 and at most 1e\+09; got -1"),
+        (["--max-seconds", "inf"], r"--max-seconds must be a number above 0 and at most 1e\+09; got inf"),
+        (["--max-megabytes", "nan"], r"--max-megabytes must be a number above 0 and at most 1e\+09; got nan"),
+        (["--max-megabytes", "1e303"], r"--max-megabytes must be a number above 0 and at most 1e\+09; got 1e\+303"),
         (["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["--nbest", "1", "--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["--nbest", "0"], "--nbest must be at least 1; got 0"),

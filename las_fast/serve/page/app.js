@@ -10,10 +10,11 @@ const MEDIA = /\.(m4a|m4b|mp4|m4v|mov|3gp|aac|webm|mkv|mka)$/i;
 
 const find = (id) => document.getElementById(id);
 const audio = find("audio");
-const wave = new Wave(find("wave"), { onWord: playWord, onSeek: (time) => (audio.currentTime = time) });
+const wave = new Wave(find("wave"), { onWord: playWord, onSeek: seek });
 let current = null; // the recording on the page: { name, samples, segments, done, abort }
 let stopAt = Infinity; // seconds at which playing a word or segment ends
 let hasPyav = false; // in the service
+let frame = 0; // of the next call of follow while the recording plays
 
 // ------------------------------------------------------------------------------------------------------- A recording
 
@@ -25,6 +26,7 @@ async function transcribe(blob, name) {
   try {
     recording.samples = await decode(blob).catch(() => null);
     if (recording !== current) return;
+    recording.abort.signal.throwIfAborted();
     wave.set(recording.samples, RATE, (recording.samples?.length ?? 0) / RATE);
     const readable = READABLE.test(name) || (hasPyav && MEDIA.test(name)) || !recording.samples;
     await receive(readable ? blob : toWav(recording.samples), readable ? name : `${name}.wav`, recording);
@@ -35,6 +37,7 @@ async function transcribe(blob, name) {
 }
 
 function reset(blob, name) {
+  stopAt = Infinity;
   URL.revokeObjectURL(audio.src);
   audio.src = URL.createObjectURL(blob);
   find("name").textContent = name;
@@ -237,6 +240,11 @@ function heat(x) {
 
 // --------------------------------------------------------------------------------------------------------------- Audio
 
+function seek(time) {
+  stopAt = Infinity;
+  audio.currentTime = time;
+}
+
 function play(start, end) {
   stopAt = end;
   audio.currentTime = start;
@@ -255,7 +263,8 @@ function follow() {
   for (const segment of current?.segments ?? [])
     for (const word of segment.shownWords)
       word.button.classList.toggle("now", word.start <= audio.currentTime && audio.currentTime < word.end);
-  if (!audio.paused) requestAnimationFrame(follow);
+  cancelAnimationFrame(frame);
+  if (!audio.paused) frame = requestAnimationFrame(follow);
 }
 
 audio.addEventListener("play", follow);
