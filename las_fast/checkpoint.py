@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
@@ -108,9 +109,9 @@ def current_name(name: str) -> str:
 
 def checkpoint_at(path: Path) -> Path | None:
     """Return the file of the checkpoint at a path: the file itself, or the best one of a run folder; None if none."""
-    if path.is_dir():
-        return next((path / name for name in (BEST, AVERAGED) if (path / name).is_file()), None)
-    return path if path.is_file() else None
+    if os.path.isdir(path):  # False, unlike Path.is_dir, for a name that is too long or must not be looked up
+        return next((path / name for name in (BEST, AVERAGED) if os.path.isfile(path / name)), None)
+    return path if os.path.isfile(path) else None
 
 
 def find_checkpoint(name: str | Path) -> Path:
@@ -121,8 +122,10 @@ def find_checkpoint(name: str | Path) -> Path:
     Raises:
         InputError: there is no such checkpoint.
     """
+    if not str(name):
+        raise InputError("the name of the checkpoint is empty; give a run folder, a file or a released model")
     path = Path(name)
-    if path.name == LAST and not path.is_dir():
+    if path.name == LAST and not os.path.isdir(path):
         raise InputError(
             f"{path} is a training state, for --resume; to decode, give the folder {path.parent} or {BEST} in it"
         )
@@ -131,7 +134,7 @@ def find_checkpoint(name: str | Path) -> Path:
     released, current = released_models(), current_name(str(name))
     if current in released:
         return RELEASED / f"{current}.safetensors"
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{path} has no {BEST}; train it first, or wait for its first validation")
     known = f"; released models: {', '.join(released)}" if released else ""
     former = {name: successor for name, successor in FORMER_NAMES.items() if successor in released}
@@ -162,13 +165,21 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
     if metadata.get("format") != FORMAT or not {"config", "info"} <= metadata.keys():
         raise InputError(f"{path} was not written by las_fast; give a folder or a file that training wrote")
     config = from_yaml(metadata["config"], str(path))
-    model = build_model(config).to(device)
+    model = build_model(config).to(device, torch.float32)  # whatever torch's default dtype is
     load_weights(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
     statistics = None
-    if "statistics.mean" in tensors:
-        statistics = Statistics(tensors["statistics.mean"].cpu(), tensors["statistics.std"].cpu())
+    if any(name.startswith("statistics.") for name in tensors):
+        statistics = _statistics(tensors, config.features.size, path)
     vocabulary = Vocabulary(config.data.characters)
     return Loaded(model.eval(), config, vocabulary, statistics, path, _info(metadata["info"], path))
+
+
+def _statistics(tensors: dict[str, torch.Tensor], size: int, path: Path) -> Statistics:
+    """Return the feature statistics of a checkpoint; raise InputError if they are missing or have another size."""
+    mean, std = (tensors.get(f"statistics.{name}") for name in ("mean", "std"))
+    if mean is None or std is None or not mean.shape == std.shape == (size,):
+        raise InputError(f"{path} is damaged: it has no mean and deviation of its {size} features; copy it again")
+    return Statistics(mean.cpu(), std.cpu())
 
 
 def _info(text: str, path: Path) -> dict:
@@ -182,7 +193,7 @@ def _info(text: str, path: Path) -> dict:
 def load_weights(model: LAS, weights: dict, path: str | Path, advice: str = "") -> None:
     """Copy a state_dict into the model; raise InputError that names the first tensor that does not fit.
 
-    advice: what to do then (default: use the settings of the run).
+    advice: what to do then (default: copy the file again).
     """
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
@@ -190,7 +201,7 @@ def load_weights(model: LAS, weights: dict, path: str | Path, advice: str = "") 
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"{path} does not fit the settings: {name} should be {shapes[0]}, but the file has {shapes[1]}; "
-                f"{advice or 'use the config.yaml in the same folder'}"
+                f"{advice or 'copy the file again'}"
             )
     model.load_state_dict(weights)
 

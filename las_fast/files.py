@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from las_fast.errors import JSON_ESCAPES, MAX_MESSAGE, InputError, is_out_of_memory
 
 BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"  # in a run folder
+LOCK = ".lock"  # in an output folder while a command writes into it, and after that
 DEFAULT_MODEL = "english"  # the released model of commands without --checkpoint
 FORMER_NAMES = {"speech13h": "english"}  # of released models, with the models that replace them
 NAME_MAX = 255  # bytes of a file name on most file systems
@@ -134,16 +135,22 @@ def make_folder(path: Path, option: str) -> None:
 def lock_folder(path: Path, what: str) -> Iterator[None]:
     """Make the folder of --out, and lock it in the `with` block; raise InputError if another process has locked it.
 
+    The lock is on a hidden file in the folder, because NFS shares locks between hosts only on files that are open for
+    writing.
+
     what: what writes into the folder, for errors: "training".
     """
     make_folder(path, "--out")
-    folder = os.open(path, os.O_RDONLY)
     try:
-        if try_lock(folder) is False:
+        file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"--out: {path / LOCK} cannot be opened ({error.strerror}); choose another folder") from None
+    try:
+        if try_lock(file) is False:
             raise InputError(f"another {what} is writing into {path}; wait for it or choose another --out")
         yield
     finally:
-        os.close(folder)
+        os.close(file)
 
 
 def try_lock(descriptor: int) -> bool | None:
@@ -298,12 +305,18 @@ def _temporary(path: Path, number: int) -> Path:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder; return its descriptor, or None if another writer has locked or removed it or it is not ours."""
+    """Lock a folder; return its descriptor, or None if another writer has locked or removed it or it is not ours.
+
+    A folder of another user may hold links to files of this one.
+    """
     try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return None
-    if try_lock(lock) is not False and _same_file(folder, lock):  # not removed before it was locked
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM):
+            return None
+        raise
+    is_ours = os.fstat(lock).st_uid == os.geteuid()
+    if is_ours and try_lock(lock) is not False and _same_file(folder, lock):  # not removed before it was locked
         return lock
     os.close(lock)
     return None

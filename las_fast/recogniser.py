@@ -183,7 +183,7 @@ class Recogniser:
             InputError: an option or a recording is invalid, or a segment does not fit in memory. Earlier recordings
                 have been yielded by then.
         """
-        is_single = isinstance(recordings, (str, os.PathLike)) or is_array(recordings)
+        is_single = isinstance(recordings, (str, os.PathLike)) or is_array(recordings) or hasattr(recordings, "read")
         if is_single or not isinstance(recordings, Iterable):
             raise InputError(
                 f"recordings must be a list of paths, files or arrays; got {type_name(recordings)}; for a single "
@@ -307,7 +307,7 @@ class Recogniser:
 
     def features_warning(self) -> str | None:
         """Return a warning if the model was trained on features that las_fast has not computed, else None."""
-        data = self.loaded.info.get("data", {})
+        data = self.loaded.info.get("data") or {}
         if data.get("kind") != "features":
             return None
         return (

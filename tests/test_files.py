@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -553,6 +554,24 @@ def test_something_else_with_the_name_of_the_temporary_folder_stays(tmp_path, ki
         other.symlink_to("nowhere")
     write_atomically(tmp_path / "file", write_text)
     assert sorted(os.listdir(tmp_path)) == [".file.1.partial", "file"]
+
+
+def test_a_temporary_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
+    folder, victim = tmp_path / ".file.1.partial", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("mine")
+    (folder / "file").symlink_to(victim)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setattr(os, "fstat", partial(fstat_of_new_folders, folder))
+    write_atomically(tmp_path / "file", write_text)
+    assert victim.read_text() == "mine" and not (tmp_path / "file").is_symlink() and folder.is_dir()
+
+
+def fstat_of_new_folders(others, descriptor, fstat=os.fstat):
+    """Let every file but those of `others` belong to the next user."""
+    status = fstat(descriptor)
+    is_other = status.st_ino == others.stat().st_ino
+    return os.stat_result((*status[:4], status.st_uid + (not is_other), *status[5:]))
 
 
 def test_an_interrupted_write_leaves_no_files(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
@@ -171,6 +172,16 @@ def test_telephone_speech_is_a_warning_as_in_the_command(workspace, model, capsy
     assert caught[0].filename == __file__
 
 
+def test_the_default_dtype_of_torch_does_not_matter(workspace, model):
+    expected = model.transcribe(workspace / "short.wav", beam=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
+        assert other.transcribe(workspace / "short.wav", beam=2) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_16_bit_samples_in_floats_are_rescaled(workspace, model):
     samples, rate = soundfile.read(workspace / "short.wav", dtype="int16")
     actual, messages = call_with_warnings(model.transcribe, samples.astype(np.float32), rate, beam=1)
@@ -186,6 +197,20 @@ def test_silence_is_an_empty_transcript_with_a_warning(model):
 
 
 SPEECH = make_speech(0.3)
+
+
+class Failing:
+    """A file object of a broken connection, or one without data."""
+
+    def __init__(self, *data):
+        self.data = data
+
+    def read(self, count):
+        if not self.data:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset")
+        return self.data[0]
+
+
 INVALID_RECORDINGS = {
     "no rate": (SPEECH, None, {}, "an array has no sample rate of its own; give its rate in Hz"),
     "a rate of 0": (SPEECH, 0, {}, "sample_rate must be a whole number of Hz from 1000 to 768000; got 0"),
@@ -215,6 +240,8 @@ INVALID_RECORDINGS = {
     "a rate of a file": ("short.wav", RATE, {}, "short.wav states its own rate; omit sample_rate"),
     "a missing file": ("gone.wav", None, {}, "gone.wav does not exist"),
     "text": (io.StringIO("RIFF"), None, {}, "the file object returns text instead of bytes; open it with open"),
+    "an error on reading": (Failing(), None, {}, r"the file object cannot be read \(Connection reset\); open it again"),
+    "no data yet": (Failing(None), None, {}, "the file object has no data yet; give a file object whose read"),
     "no bytes": (io.BytesIO(), None, {}, r"the file object is empty \(0 bytes\)"),
     "no audio": (io.BytesIO(b"not audio"), None, {}, "the file object cannot be read as audio"),
     "beam 0": (SPEECH, RATE, {"beam": 0}, "decoding.beam must be at least 1; got 0"),

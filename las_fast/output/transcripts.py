@@ -159,7 +159,7 @@ def output_files(paths: list[Path], folder: Path, suffix: str, roots: Sequence[P
         number, name = 1, stem
         while (key := _file_key(folders[path], name, suffix)) in taken:
             number += 1
-            name = f"{stem[: NAME_MAX // 2]}-{number}"
+            name = _shortened(stem, f"-{number}", NAME_MAX - len(suffix))
         taken.add(key)
         files[path] = folders[path] / _shortened(name, suffix)
     return files
@@ -176,8 +176,8 @@ def _file_key(folder: Path, name: str, suffix: str) -> str:
     return str(folder / _shortened(name, suffix)).casefold()
 
 
-def _shortened(name: str, suffix: str) -> str:
-    """Return name + suffix, with the name cut so that both fit in NAME_MAX bytes."""
-    max_bytes = NAME_MAX - len(suffix)
+def _shortened(name: str, suffix: str, size: int = NAME_MAX) -> str:
+    """Return name + suffix, with the name cut so that both fit in `size` bytes."""
+    max_bytes = size - len(suffix)
     data = os.fsencode(name or "recording")
     return (data[:max_bytes].decode("utf-8", "ignore") if len(data) > max_bytes else name or "recording") + suffix

@@ -119,7 +119,16 @@ def test_recordings_of_a_folder_keep_their_subfolders():
 def test_equal_long_names_are_shortened_and_numbered():
     paths = [Path(folder) / f"{'a' * 240}.wav" for folder in "xyz"]
     names = [path.name for path in output_files(paths, Path("out"), ".srt").values()]
-    assert names == [f"{'a' * 240}.wav.srt", f"{'a' * 127}-2.srt", f"{'a' * 127}-3.srt"]
+    assert names == [f"{'a' * 240}.wav.srt", f"{'a' * 240}.wav-2.srt", f"{'a' * 240}.wav-3.srt"]
+
+
+@pytest.mark.parametrize("name", ["\u0434" * 125, "\u4e2d" * 83, "\u0434" * 124, "a" * 251])
+@pytest.mark.parametrize("suffixes", [(".wav", ".wav"), (".wav", ".mp3")])
+def test_equal_names_of_any_length_and_script_get_files_of_their_own(name, suffixes):
+    folders = "ab" if suffixes[0] == suffixes[1] else "aa"
+    paths = [Path(folder) / (name + suffix) for folder, suffix in zip(folders, suffixes, strict=True)]
+    names = [path.name for path in output_files(paths, Path("out"), ".srt").values()]
+    assert len(set(names)) == 2 and all(len(os.fsencode(name)) <= 255 for name in names)
 
 
 @pytest.mark.parametrize(("length", "kept"), [(250, 250), (251, 251), (252, 251)])
