@@ -102,7 +102,7 @@ class DataConfig:
     # drop: leave out training utterances whose transcript is that of a dev utterance, or shares six words in a row with
     # one
     shared_texts: Literal["keep", "drop"] = "keep"
-    # share of the training utterances to hold out as the dev set, recording by recording; 0: the data has a dev split
+    # share of the training recordings to hold out as the dev set; 0: use the dev split of the data
     dev_share: float = number(0.0, at_most=0.5)
     cache: str = ""  # folder of the feature cache; empty: the user's cache folder
     workers: int = number(1, at_most=256)  # loader processes; 0: load in the training process
@@ -121,7 +121,7 @@ class AugmentConfig:
     silence, room, noise, babble and band_limit need log-mel features computed from recordings.
     """
 
-    # epoch at which all of these but speed start: attention forms sooner without them
+    # epoch at which all of these but speed and splice start: attention forms sooner without them
     start_epoch: float = 0.0
     time_masks: int = number(2, at_most=1000)  # masks per utterance over spans of time
     time_width: int = 40  # widest time mask, feature frames
@@ -193,8 +193,7 @@ class ModelConfig:
     speller: SpellerConfig = field(default_factory=SpellerConfig)
     # BiLSTM that carries a CTC head: 0 the first, i the i-th pyramid, then the top layers; -1: no head
     ctc_layer: int = number(-1, at_least=-1)
-    # lower BiLSTM with a second CTC head, which only training uses: the head on the top layer learns sooner with it;
-    # -1: none
+    # lower BiLSTM with a second CTC head, in training only, which helps the upper head to learn; -1: none
     inner_ctc_layer: int = number(-1, at_least=-1)
 
 
@@ -220,7 +219,7 @@ class TrainingConfig:
     final_share: float = number(0.02, at_most=1)
     # epochs after which the cosine starts again, warm-up included (warm restarts)
     restarts: tuple[int, ...] = number((), at_least=1)
-    plateau_patience: int = 4  # validations without a better dev CER after which the learning rate is lowered
+    plateau_patience: int = 4  # validations without a better dev CER that do not lower the learning rate yet
     plateau_factor: float = number(0.5, above=0, at_most=1)  # factor on the learning rate at each lowering
     clip_norm: float = number(5.0, above=0)  # maximum norm of the gradient
     label_smoothing: float = number(0.1, below=1)  # share of the target probability spread over all tokens
@@ -249,7 +248,7 @@ class TrainingConfig:
     validate_first: bool = False  # validate before the first step too; for a training that starts from a checkpoint
     checkpoint_minutes: float = 5.0  # minutes between saves within an epoch
     pictures: int = number(2, at_most=1000)  # dev utterances whose attention is drawn at each validation
-    monitor_epoch: float = 10.0  # epoch after which the monitor gives advice if the attention has not formed
+    monitor_epoch: float = 10.0  # epoch from which the monitor gives advice if the attention has not formed
     wandb: bool = False  # log to Weights & Biases too
 
 
@@ -258,7 +257,7 @@ class DecodingConfig:
     beam: int = number(8, at_least=1, at_most=MAX_BEAM)  # hypotheses kept at each step; 1: greedy
     beam_threshold: float = 3.5  # hypotheses more than this many nats below the best are dropped; 0: none
     length_penalty: float = number(1.0, at_most=100)  # hypotheses are ranked by score / length ** length_penalty
-    # allow <eos> only if its log-probability exceeds this factor times that of the best other; 0: always
+    # <eos> is allowed only if its log-probability is above this factor times that of the best other; 0: always
     eos_threshold: float = 0.0
     minimum_share: float = 0.0  # minimum tokens per feature frame
     # maximum tokens per feature frame; fast speech has 25 characters per second

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from las_fast import __version__
 from las_fast.errors import show
-from las_fast.system import compiler, cores, missing_for_build
+from las_fast.system import compiler, cores, cpu_quota, missing_for_build
 
 PACKAGE = Path(__file__).resolve().parent
 MIN_FREE = 2**30  # bytes of disk or memory; with less there is advice
@@ -259,17 +259,6 @@ def check_threads() -> Finding:
     if threads < available and os.environ.get("OMP_NUM_THREADS"):
         return Finding(f"{state}, because OMP_NUM_THREADS is set", "unset OMP_NUM_THREADS to use all cores")
     return Finding(state)
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Return how many cores a container may use on average; None if its cgroup sets no limit."""
-    if (root / "cpu.max").is_file():  # cgroup v2
-        quota, period = (root / "cpu.max").read_text().split()
-    elif (root / "cpu" / "cpu.cfs_quota_us").is_file():  # cgroup v1
-        quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-    else:
-        return None
-    return None if quota.strip() in ("max", "-1") else int(quota) / int(period)
 
 
 def check_memory() -> Finding:

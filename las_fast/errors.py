@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 
 JSON_ESCAPES = "las_fast.json"  # encoding error handler: characters that cannot be encoded become JSON escapes, \u00e9
 MAX_MESSAGE = 120  # characters of another library's message that are quoted
@@ -118,6 +119,16 @@ ADVICE = {
     errno.EIO: "{} could not be read or written (input/output error); check the disk or the network",
     errno.EAGAIN: "the system allows no more processes or threads ({}); raise ulimit -u or end other programs",
 }
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and those it was raised from or while handling.
+
+    If memory runs out during the capture of a CUDA graph, torch ends the capture, and that raises another error.
+    """
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def explain_error(error: BaseException) -> str | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -24,8 +26,28 @@ TRAINING_MMAP_BYTES, DECODING_MMAP_BYTES = 2**25, 2**20  # blocks of this size o
 
 
 def cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPU cores that this process may use; a container's limit is rounded up."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, math.ceil(cpu_quota() or available))
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Return how many cores a container may use on average; None if its cgroup sets no limit."""
+    if (root / "cpu.max").is_file():  # cgroup v2
+        quota, period = (root / "cpu.max").read_text().split()
+    elif (root / "cpu" / "cpu.cfs_quota_us").is_file():  # cgroup v1
+        quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+    else:
+        return None
+    return None if quota.strip() in ("max", "-1") else int(quota) / int(period)
+
+
+def exit_reason(code: int) -> str:
+    """Return how a process ended, from its exit status or, as in subprocess, minus the number of a signal."""
+    if code >= 0:
+        return f"exit status {code}"
+    name = signal.Signals(-code).name
+    return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
 
 
 def compiler() -> str:

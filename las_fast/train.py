@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from las_fast.arguments import add_device_option, as_folder, as_path
 from las_fast.cli import run
 from las_fast.config import (
     Config,
@@ -30,7 +31,7 @@ from las_fast.config import (
 )
 from las_fast.errors import InputError, print_error
 from las_fast.files import AVERAGED, BEST, LAST, lock_folder
-from las_fast.options import Parser, as_folder, as_path, parse_settings
+from las_fast.options import Parser, parse_settings
 from las_fast.system import choose_device, cores
 from las_fast.training.adapt import (
     FINETUNE,
@@ -83,7 +84,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         choices=("error", "skip"),
         help="what to do with utterances that cannot be used (default: that of the settings, data.on_bad)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_device_option(parser)
     options, config = parse_settings(parser, argv, starting_settings, shown=shown_settings)
     options.user_set |= parser.user_set
     if options.on_bad:
@@ -130,8 +131,9 @@ def main(argv: list[str] | None = None) -> None:
 
     check_start(options, config)
     device = choose_device(options.device)
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
+    threads = config.training.threads or min(torch.get_num_threads(), cores())
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     corpus, *extra = (open_corpus(root) for root in (options.data, *options.extra_data))
     print(f"data: {corpus.name}")
     check_extra(corpus, extra)
@@ -144,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     if extra:
         source["extra"] = ", ".join(other.name for other in extra)
     with lock_folder(options.out, "training"):
+        check_run_folder(options.out, options.resume)  # again: another training may have ended since
         ensure_temporary_folder(options.out)
         trainer = Trainer(config, train_data, dev_data, options.out, device, source)
         if options.resume:
@@ -182,7 +185,7 @@ def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -
         print_error(resume_hint(trainer, arguments))
         raise
     except (InputError, OSError) as error:
-        if trainer.saved_step and not isinstance(error, Diverged):
+        if trainer.saved_step is not None and not isinstance(error, Diverged):
             print_error(resume_hint(trainer, arguments))
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -212,7 +215,7 @@ def check_nothing_is_replaced(out: Path) -> None:
     """Raise InputError if a folder without last.pt holds files that a training would overwrite."""
     weights = [name for name in (BEST, AVERAGED) if os.path.isfile(out / name)]
     if weights:
-        raise InputError(f"--out {out} holds {weights[0]} without {LAST}; choose another --out or remove it")
+        raise InputError(f"--out {out} holds {weights[0]} without {LAST}; choose another --out, or remove that file")
     settings = out / CONFIG
     if not os.path.isfile(settings):
         return
@@ -356,8 +359,6 @@ def load_data(config: Config, corpus: Corpus, extra: Sequence[Corpus] = ()) -> t
         whole, train = train, without_shared_texts(train, dev, config.data.characters)
         print(f"{name}: {len(whole) - len(train)} utterances left out, whose transcripts overlap with those of dev")
     for label, data in ((name, train), (dev_name, dev)):
-        if len(data) == 0:
-            raise InputError(f"{label} of {corpus.name} has no usable utterance; give another split or --data")
         left_out = f", {len(data.skipped)} left out" if data.skipped else ""
         print(f"{label}: {len(data)} utterances, {data.seconds.sum() / 3600:.2f} hours{left_out}")
         warn_too_fast(label, data)
@@ -384,14 +385,15 @@ def add_extra(train: SpeechDataset, extra: Sequence[Corpus], config: Config) -> 
 
 def warn_of_overlap(train: SpeechDataset, dev: SpeechDataset) -> None:
     """Print a warning if the training and dev sets share utterances, or parts of recordings."""
-    from las_fast.data.overlap import count_overlapping, count_shared_recordings
+    from las_fast.data.overlap import count_overlap
 
-    if shared := count_overlapping(train, dev):
+    shared, divided = count_overlap(train, dev)
+    if shared:
         print(
             f"warning: {shared} dev utterances are trained on too, so dev scores say nothing about new "
             "speech; choose others with --data.dev or in the manifest's column 'split'"
         )
-    elif divided := count_shared_recordings(train, dev):
+    elif divided:
         print(
             f"warning: {divided} recordings have parts in both the training and the dev set, so dev scores are for "
             "known voices and rooms; put all parts of a recording into one split"

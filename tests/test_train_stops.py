@@ -281,7 +281,9 @@ def test_with_smaller_batches_a_training_resumes_at_the_same_share_of_the_epoch(
             train.main(argv(archive, tmp_path))
     smaller = {"data__utterances_per_batch": 1}
     train.main(argv(archive, tmp_path, "--resume", **smaller))
-    assert "batches are smaller than before: step 9 is step 16 now" in capsys.readouterr().out  # half of 11 per epoch
+    # Of 11 steps per epoch, half.
+    printed = "batches are smaller, so epochs have more steps: the saved step 9 counts as step 16"
+    assert printed in capsys.readouterr().out
     assert progress_of(tmp_path)["step"] == 22
     assert [row["epoch"] for row in read_rows(tmp_path / "log.jsonl") if row["kind"] == "valid"] == [1.0, 2.0]
     with pytest.raises(InputError, match="data.utterances_per_batch = 1, not 2"):

@@ -172,7 +172,7 @@ class Recording:
         skip = max(0, round((self._start - begin) * rate))
         stop = None if self._seconds is None else round((self._start + self._seconds - begin) * rate)
         decoder = Decoder(source, stream, sound, skip, stop)
-        mixer = Mixer(sound.channels, rate, unscaled_integer_bits(sound))
+        mixer = Mixer(sound.channels, rate, self._integer_bits(source, sound, number))
         resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1, "float32")
         for block in decoder.blocks():
             block = mixer.scaled(block)
@@ -189,6 +189,16 @@ class Recording:
         self.warnings += [warning for warning in warnings if warning not in self.warnings]
         if self._quality and decoder.yielded:
             self._quality.lowest_rate = min(rate, self._quality.lowest_rate)
+
+    def _integer_bits(self, source: Source, sound: Sound, number: int) -> int:
+        """Return unscaled_integer_bits of stream `number`; those of the last file are kept for its other parts."""
+        key = (*file_identity(os.fstat(source.descriptor)), number)
+        bits = _integer_bits.get(key)
+        if bits is None:
+            bits = unscaled_integer_bits(sound)
+            _integer_bits.clear()
+            _integer_bits[key] = bits
+        return bits
 
     def _open_stream(self, source: Source, stream: Stream, number: int, stream_count: int) -> Sound | None:
         """Open a stream; return None if it is bad but one of several.
@@ -266,14 +276,17 @@ class Recording:
             self.warnings += [f"{self.name} {warning}" for warning in self._quality.warnings()]
 
 
+_integer_bits: dict[tuple, int] = {}  # file identity and stream number -> bits, for one file
 _layouts: dict[tuple, FileLayout] = {}  # file identity -> layout, for the last files of which parts were read
 
 
 def _cached_layout(source: Source) -> FileLayout:
     """Return find_streams(source), cached, because parts of a long recording are read one after another."""
     key = file_identity(os.fstat(source.descriptor))
-    if key not in _layouts:
+    layout = _layouts.get(key)
+    if layout is None:
+        layout = find_streams(source)
         while len(_layouts) >= MAX_LAYOUTS:
-            del _layouts[next(iter(_layouts))]
-        _layouts[key] = find_streams(source)
-    return _layouts[key]
+            _layouts.pop(next(iter(_layouts)), None)  # perhaps by another thread
+        _layouts[key] = layout
+    return layout

@@ -282,20 +282,20 @@ def make_loader(
     start: int = 0,
     workers: int,
     frame_multiple: int = 1,
+    pin: bool = False,
     poll: Callable[[], None] = lambda: None,
 ) -> Iterable[Batch]:
     """Return a sized iterable with a Batch for each of batches[start:], in that order.
 
     The padded length T is a multiple of frame_multiple. With `augment` and `splice`, as many utterances as
-    augment.splice says get words of others.
+    augment.splice says get words of others. pin: into pinned memory, for a model on CUDA.
 
     Batches do not depend on workers or start: augmentation is a function of (seed, epoch, utterance). A worker that
     dies or hangs costs only time; see las_fast.data.loader. poll is called repeatedly while waiting for a batch; it may
     raise.
     """
     items = _Batches(dataset, batches, vocabulary, augment, splice, seed, epoch, frame_multiple)
-    order, pin = range(start, len(batches)), torch.cuda.is_available()
-    return _Loader(Loader(items, order, workers=workers, poll=poll, pin=pin))
+    return _Loader(Loader(items, range(start, len(batches)), workers=workers, poll=poll, pin=pin))
 
 
 class _Loader:

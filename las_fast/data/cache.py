@@ -4,7 +4,7 @@ An entry is a folder with features.f32 (the raw frames of all good utterances, c
 (ids, texts, frame counts, seconds, and the bad utterances with reasons). Its name contains a hash of everything it
 depends on. It is built under a hidden name and renamed when complete, so an interrupt leaves no incomplete entry.
 
-The reason of a bad utterance can lie outside its file: a package is missing, or a permission. Bad utterances are
+An utterance may be bad for a reason outside its file: a package is missing, or a permission. Bad utterances are
 therefore read again whenever their entry is opened. If one is good now, a new entry is built as NAME.1, NAME.2, ...
 """
 
@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.readers import SKIP_HINT, read_utterance, read_utterances
 from las_fast.errors import InputError
 from las_fast.files import expand, try_lock
-from las_fast.progress import Progress
+from las_fast.progress import Progress, track
 from las_fast.system import cores
 
 VERSION = 2  # increment when the meaning of the stored frames or of the index changes
@@ -148,7 +148,7 @@ def _present_problems(
     entry: CacheEntry, corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfig
 ) -> Iterator[tuple[str, str, int]]:
     """Read the bad utterances of an entry again; yield each with its present problem, "" if it can be used now."""
-    for name, _, position in entry.bad:
+    for name, _, position in track(entry.bad, "reading bad utterances again", "utterances"):
         yield name, read_utterance(corpus, utterances[position], features).problem, position
 
 
@@ -192,19 +192,23 @@ def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfi
         settings += [features.mel_bins if features.kind == "mfcc" else 0, features.trim_silence]
         settings += [features.lifter] if features.kind == "mfcc" else []
     digest = hashlib.sha256(json.dumps(settings).encode())
+    real_folder = lru_cache(maxsize=1024)(os.path.realpath)
     for u in utterances:
-        text = [u.transcript] if not isinstance(u.transcript, Path) else _stamp(u.transcript)
+        text = [u.transcript] if not isinstance(u.transcript, Path) else _stamp(u.transcript, real_folder)
         span = [u.seconds, u.start, u.is_part] if corpus.kind == "audio" else []
-        digest.update(json.dumps([u.id, *_stamp(u.path), *text, *span, u.problem]).encode())
+        digest.update(json.dumps([u.id, *_stamp(u.path, real_folder), *text, *span, u.problem]).encode())
     return digest.hexdigest()[:20]
 
 
-def _stamp(path: Path) -> list:
+def _stamp(path: Path, real_folder: Callable[[str], str]) -> list:
+    """Return the path, size and mtime of a file; the path has no links to folders, which may get another target."""
+    folder, name = os.path.split(path)
+    full = os.path.join(real_folder(folder), name)
     try:
         stat = path.stat()
     except (OSError, ValueError):
-        return [os.path.abspath(path), -1, 0]
-    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+        return [full, -1, 0]
+    return [full, stat.st_size, stat.st_mtime_ns]
 
 
 def _read_entry(target: Path) -> CacheEntry | None:

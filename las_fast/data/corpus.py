@@ -115,10 +115,14 @@ class Corpus:
 def role_of(split: str) -> str | None:
     """Return the role (train, dev, test) that a split's name indicates, or None."""
     plain = _plain(split)
-    if plain.startswith("train"):
-        return "train"
-    first = re.split(r"[-\d]", plain, maxsplit=1)[0]
-    return next((role for role, names in ROLES.items() if first in names), None)
+    first, *others = (_role_named(word) for word in re.split(r"[-\d]", plain))
+    if plain.startswith("train"):  # ESPnet's train-dev is a dev set
+        return next((role for role in reversed(others) if role), "train")
+    return first
+
+
+def _role_named(word: str) -> str | None:
+    return next((role for role, names in ROLES.items() if word in names), None)
 
 
 def is_role(split: str) -> bool:

@@ -36,7 +36,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         texts:        transcripts, or None.
         frame_counts: (N,) int64 feature frames of each utterance, before augmentation.
         seconds:      (N,) float64 durations.
-        positions:    (N,) int64 position of each utterance in the splits, skipped ones included.
+        listing:      (split, id) of every utterance of the splits, skipped ones included, in submission order.
+        positions:    (N,) int64 position of each utterance in `listing`.
         skipped:      (id, reason) of utterances that were left out.
         statistics:   for normalisation "global", else None.
     """
@@ -45,6 +46,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         """parts: cache entries, each with the indices of the utterances to keep."""
         self.features = features
         self.ids: list[str] = []
+        self.listing: list[tuple[str, str]] = []
         self.paths: list[Path] = []
         self.spans: list[tuple[float, float]] = []
         self.texts: list[str | None] = []
@@ -97,13 +99,12 @@ class SpeechDataset(torch.utils.data.Dataset):
     def joined(self, other: SpeechDataset) -> SpeechDataset:
         """Return these utterances followed by those of another dataset with frames of the same kind.
 
-        Positions in `other` count from the end of these splits. The statistics are still those of this dataset.
+        The statistics are still those of this dataset.
         """
         whole = copy.copy(self)
-        for name in ("ids", "paths", "spans", "texts", "skipped", "_entries"):
+        for name in ("ids", "listing", "paths", "spans", "texts", "skipped", "_entries"):
             setattr(whole, name, getattr(self, name) + getattr(other, name))
-        size = sum(len(entry.ids) + len(entry.bad) for entry in self._entries)
-        offsets = {"_part": len(self._entries), "positions": size}
+        offsets = {"_part": len(self._entries), "positions": len(self.listing)}
         for name in ("_part", "_index", "frame_counts", "seconds", "positions"):
             added = getattr(other, name) + offsets.get(name, 0)
             setattr(whole, name, np.concatenate([getattr(self, name), added]))
@@ -167,8 +168,9 @@ def load_dataset(
     names = _unique_names(splits, parts)
     if need_text and data.hours:
         parts = _draw_hours(parts, data.hours, "+".join(splits))
-    dataset = SpeechDataset([(entry, kept) for entry, kept in parts], features)
+    dataset = SpeechDataset(parts, features)
     for k, ((entry, kept), utterances) in enumerate(zip(parts, listings, strict=True)):
+        dataset.listing += [(splits[k], utterance.id) for utterance in utterances]
         dataset.ids += [names(k, entry.ids[i]) for i in kept]
         dataset.paths += [utterances[position].path for position in entry.positions[kept].tolist()]
         dataset.spans += [utterances[position].span for position in entry.positions[kept].tolist()]

@@ -212,7 +212,7 @@ class Degrade:
         return _from_db(np.interp(np.arange(count) / size, np.arange(len(points)), points))[:, None]
 
     def _babble(self, count: int, generator: np.random.Generator) -> Tensor:
-        """Return the mel powers (count, F) of several other utterances at once, at roughly equal levels."""
+        """Return the mel powers (count, F) of several random utterances at once, at roughly equal levels."""
         total = torch.zeros(count, self.features.size)
         for _ in range(int(generator.integers(TALKERS[0], TALKERS[1] + 1))):
             powers = self.other(int(generator.integers(self.count))).exp()

@@ -63,7 +63,7 @@ def compute_features(
     # Concatenate all signals, each starting at a multiple of the shift, so that one stft serves all without padding to
     # the longest. Frames that cross from one signal to the next are dropped.
     slots = [count - 1 + -(-_fft_size(window) // shift) for count in counts]
-    stream = torch.zeros(sum(slots) * shift)
+    stream = torch.zeros(sum(slots) * shift, dtype=torch.float32)
     starts = np.cumsum([0, *slots[:-1]]).tolist()
     for signal, start, count in zip(signals, starts, counts, strict=True):
         kept = signal[: (count - 1) * shift + window]
@@ -136,6 +136,11 @@ def check_settings(config: FeatureConfig) -> None:
             f"features.window_ms {config.window_ms} and shift_ms {config.shift_ms} at {config.sample_rate} Hz make "
             f"a window of {window} and a shift of {shift} samples; give at least 2 and 1"
         )
+    if shift > window:
+        raise InputError(
+            f"features.shift_ms {config.shift_ms:g} must be at most window_ms {config.window_ms:g}, or samples between "
+            "the frames are lost; lower shift_ms or raise window_ms"
+        )
     if config.kind == "mfcc" and config.size > config.mel_bins:
         raise InputError(
             f"features.size {config.size} must be at most features.mel_bins {config.mel_bins} for MFCC; "
@@ -154,11 +159,11 @@ def _frames(stream, signals, starts, counts, config: FeatureConfig) -> torch.Ten
     window, shift = frame_sizes(config)
     size = _fft_size(window)
     taper, spectrum_of_taper, filters, transform = _tables(config)
-    means = torch.zeros(len(stream) // shift)
+    means = torch.zeros(len(stream) // shift, dtype=torch.float32)
     for signal, start, count in zip(signals, starts, counts, strict=True):
         means[start : start + count] = signal.unfold(0, window, shift).mean(1) * 32768.0
     total = (len(stream) - size) // shift + 1
-    out = torch.empty(total, config.size)
+    out = torch.empty(total, config.size, dtype=torch.float32)
     for first in range(0, total, BLOCK_FRAMES):
         count = min(BLOCK_FRAMES, total - first)
         block = stream[first * shift : (first + count - 1) * shift + size]

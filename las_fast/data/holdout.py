@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from las_fast.data.dataset import SpeechDataset
-from las_fast.data.overlap import file_identity
+from las_fast.data.overlap import recording_key
 from las_fast.errors import InputError
 
 
@@ -40,7 +40,7 @@ def _recordings(data: SpeechDataset) -> list[list[int]]:
     """Return the indices of the utterances of each recording."""
     recordings: dict[tuple, list[int]] = {}
     for i, path in enumerate(data.paths):
-        recordings.setdefault(file_identity(path), []).append(i)
+        recordings.setdefault(recording_key(path), []).append(i)
     return list(recordings.values())
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import csv
 import os
-import tokenize
-import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,16 +16,13 @@ import numpy as np
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles
 from las_fast.data.folders import list_files, read_lines, subfolders, to_filename
+from las_fast.data.npy import LOAD_ERRORS, PEEK, load_problem, peek_shape
 from las_fast.data.symbols import symbols_to_text
 from las_fast.errors import InputError
 
 FEATURE_FOLDERS: dict[str, Literal["logmel", "mfcc"]] = {"mfcc": "mfcc", "fbank": "logmel"}  # folder -> their kind
 TRANSCRIPT_FOLDERS = ("transcript/raw", "transcripts/raw", "transcripts", "transcript", "text")
 LAYOUT = "SPLIT/mfcc/*.npy or SPLIT/fbank/*.npy (HW4P2)"
-PEEK = 8  # files per folder whose header is read to learn the frame size
-# Errors of np.load on damaged files, whose headers can state any shape or be invalid Python
-LOAD_ERRORS = (ValueError, TypeError, EOFError, OSError, MemoryError, OverflowError, SyntaxError, RecursionError,
-               NotImplementedError, tokenize.TokenError, zipfile.BadZipFile)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,26 +94,6 @@ def read_transcript(path: Path) -> str:
         return symbols_to_text(items)
     except InputError as error:
         raise InputError(f"{path} {error}") from None
-
-
-def load_problem(error: Exception) -> str:
-    """Return why np.load failed and what to do, as a clause."""
-    text = " ".join(str(error).split())
-    if isinstance(error, FileNotFoundError):
-        return "it does not exist; copy it again or remove its counterpart"
-    if isinstance(error, OSError) and error.strerror:
-        return f"it cannot be read ({error.strerror}); check its name and permissions"
-    if "pickle" in text.lower() or "Object arrays" in text:
-        return "it contains pickled objects or is not a .npy file; save it as a plain array of numbers or strings"
-    return f"it is truncated or damaged ({text or type(error).__name__}); copy it again"
-
-
-def peek_shape(path: Path) -> tuple[int, ...] | None:
-    """Return the shape of a .npy according to its header, or None if it is unreadable."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).shape
-    except (*LOAD_ERRORS, AttributeError):
-        return None
 
 
 def _is_archive(path: Path) -> bool:

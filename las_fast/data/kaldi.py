@@ -19,6 +19,7 @@ from las_fast.errors import InputError
 
 LAYOUT = "[data/][SPLIT/]wav.scp with text and segments (Kaldi)"
 RECORDINGS, TEXTS, SEGMENTS = FILES = ("wav.scp", "text", "segments")
+PROBED = 20  # recordings that are looked for to find the folder that their paths are relative to
 
 
 def find_kaldi(root: Path) -> Path | None:
@@ -26,7 +27,10 @@ def find_kaldi(root: Path) -> Path | None:
     if _is_data_folder(root):
         splits = [path for path in subfolders(root.parent) if _is_data_folder(path)]
         return root.parent if role_of(root.name) and len(splits) > 1 else root
-    return next((path for path in (root, root / "data") if any(map(_is_data_folder, subfolders(path)))), None)
+    data = root / "data"
+    if any(_is_data_folder(path) for path in subfolders(root) if path != data):
+        return root
+    return data if any(map(_is_data_folder, (data, *subfolders(data)))) else None
 
 
 def open_kaldi(root: Path) -> Corpus:
@@ -82,16 +86,14 @@ def _list_split(folder: Path) -> list[Utterance]:
 def _recordings(path: Path) -> dict[str, Utterance]:
     """Read a wav.scp: map ids of recordings to utterances without a transcript."""
     lines = [(name, file, _problem(path, number, name, file)) for number, name, file in read_table(path)]
-    base = _base_folder(path.parent, next((file for _, file, problem in lines if not problem), ""))
+    base = _base_folder(path.parent, [file for _, file, problem in lines if not problem][:PROBED])
     return {name: Utterance(name, base / to_filename(file), None, problem=problem) for name, file, problem in lines}
 
 
-def _base_folder(folder: Path, file: str) -> Path:
-    """Find the folder that paths are relative to: where Kaldi's scripts ran, often the parent of data."""
-    return next(
-        (base for base in (folder, *folder.absolute().parents[:3], Path()) if (base / to_filename(file)).exists()),
-        folder,
-    )
+def _base_folder(folder: Path, files: list[str]) -> Path:
+    """Find the folder that has one of these files: where Kaldi's scripts ran, often the parent of data."""
+    bases = (folder, *folder.absolute().parents[:3], Path())
+    return next((base for base in bases if any((base / to_filename(file)).exists() for file in files)), folder)
 
 
 def _problem(path: Path, number: int, name: str, file: str) -> str:

@@ -13,6 +13,7 @@ from las_fast.data import hw4p2, kaldi, librispeech, manifest, old_editions
 from las_fast.data.corpus import Corpus, role_of
 from las_fast.data.folders import list_folder, subfolders
 from las_fast.data.manifest_columns import SYNONYMS, has_path_column
+from las_fast.data.recordings import audio_suffixes
 from las_fast.data.tables import SUFFIXES
 from las_fast.errors import InputError
 from las_fast.files import expand, nearest_path_hint
@@ -139,16 +140,21 @@ def _unrecognised(root: Path) -> str:
 
 def _hint(entries: list[Path]) -> str:
     """Return advice for data in an unsupported form, as a clause that starts with "; ", or ""."""
-    if table := next((path for path in entries if path.suffix.lower() in SUFFIXES), None):
-        if not os.access(table, os.R_OK):
-            return f"; {table.name} cannot be read; check its permissions"
-        return f"; {table.name} has no column 'path' (or {', '.join(SYNONYMS['path'][1:6])})"
+    tables = [path for path in entries if path.suffix.lower() in SUFFIXES]
+    if tables and not os.access(tables[0], os.R_OK):
+        return f"; {tables[0].name} cannot be read; check its permissions"
+    tables.sort(key=lambda path: path.suffix.lower() == ".json")
+    no_path = f"has no column 'path' (or {', '.join(SYNONYMS['path'][1:6])})"
+    if tables and tables[0].suffix.lower() != ".json":
+        return f"; {tables[0].name} {no_path}"
     kinds = {path.suffix.lower() for path in entries}
     if suffixes := sorted(kinds & ARCHIVE_SUFFIXES):
         return f"; it has {', '.join(suffixes)} files; unpack them first"
     if suffixes := sorted(kinds & {".parquet", ".arrow"}):
         advice = "extract the recordings to files, with a metadata.csv in the same folder"
         return f"; it has {', '.join(suffixes)} files; {advice}"
-    if kinds & librispeech.audio_suffixes():
+    if tables:  # a .json often describes such files
+        return f"; {tables[0].name} {no_path}"
+    if kinds & audio_suffixes():
         return "; it has recordings but no transcripts; write a manifest"
     return ""

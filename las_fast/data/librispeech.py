@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles
 from las_fast.data.folders import list_at_depth, list_folder, read_lines, subfolders, to_filename
+from las_fast.data.recordings import audio_suffixes
 from las_fast.errors import InputError
 
 LAYOUT = "[LibriSpeech/]SPLIT/SPEAKER/CHAPTER/*.trans.txt (LibriSpeech)"
-
-
-@cache
-def audio_suffixes() -> frozenset[str]:
-    """Return the suffixes of the formats that libsndfile reads, in lower case."""
-    import soundfile  # here, because archives of features need no soundfile
-
-    formats = soundfile.available_formats().keys() - {"RAW"}  # RAW has no header
-    return frozenset(f".{name.lower()}" for name in formats) | {".opus", ".oga", ".aif"}
 
 
 def find_librispeech(root: Path) -> Path | None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from las_fast.progress import write
+from las_fast.system import exit_reason
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # handled by the parent, which ends its workers
 QUEUE_SIZE = 4  # finished batches per worker
@@ -191,10 +192,7 @@ class _Child:
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
             assert ended is not None  # only WNOHANG gives None
-            if ended.si_code == os.CLD_EXITED:
-                return f"exit status {ended.si_status}"
-            name = signal.Signals(ended.si_status).name
-            return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
+            return exit_reason(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
         return "unknown exit status"
 
 

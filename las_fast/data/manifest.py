@@ -24,9 +24,9 @@ from pathlib import Path
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles, is_role, role_of
 from las_fast.data.folders import list_files, subfolders
-from las_fast.data.hw4p2 import PEEK, peek_shape
 from las_fast.data.manifest_columns import SYNONYMS, columns_by_meaning, has_path_column
 from las_fast.data.manifest_lines import CLIPS_FOLDER, Table, canonical_split, is_common_voice, read_entries
+from las_fast.data.npy import PEEK, peek_shape
 from las_fast.data.tables import SUFFIXES, columns
 from las_fast.errors import InputError
 

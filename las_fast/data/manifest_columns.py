@@ -19,10 +19,11 @@ SYNONYMS = {
     "start": ("start", "offset", "begin"),
     "end": ("end",),
 }  # fmt: skip
+UNIT = r"(?:_?(s|sec|secs|seconds|ms|msec|milliseconds))?"
 TIME_COLUMN = re.compile(
-    r"(?:(?:audio|segment|utterance)_)?(start|offset|begin|end|duration|seconds)(?:_?time)?"
-    r"(?:_?(s|sec|secs|seconds|ms|msec|milliseconds))?"
+    r"(?:(?:audio|segment|utterance)_)?(start|offset|begin|end|duration|seconds)(?:_?time)?" + UNIT
 )
+UNKNOWN_TIME = re.compile("(?:from|to|[tx]min|[tx]max)" + UNIT)
 TIME_WORDS = {"start", "begin", "end", "offset", "onset", "stop"}  # words in unknown columns that suggest times
 SELECTION_COLUMNS = {"lang", "language", "locale", "subset", "partition", "fold", "take", "use", "keep", "skip",
                      "ignore", "include", "exclude", "discard"}  # fmt: skip
@@ -72,7 +73,7 @@ def _column_problem(name: str) -> str:
             "names channels ({}), but all channels of a recording are averaged; write the channel that you want to a "
             "separate file (sox in.wav out.wav remix 1)"
         )
-    if plain in ("from", "to") or (TIME_WORDS.intersection(words) and not columns_by_meaning((name,))):
+    if UNKNOWN_TIME.fullmatch(plain) or (TIME_WORDS.intersection(words) and not columns_by_meaning((name,))):
         return (
             "({}) is unknown, but may select a part of a recording; give the part in seconds in columns "
             "'start' and 'end'"

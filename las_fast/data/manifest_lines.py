@@ -65,11 +65,37 @@ def _lines(table: Table) -> list[Entry]:
     check_columns(path, rows)
     folder = path.parent / CLIPS_FOLDER if is_common_voice(path) else path.parent
     entries = [_entry(table, folder, line, row) for line, row in rows]
+    _check_transcripts(path, rows, entries)
     if path.stem == "metadata" and all(entry.split is None for entry in entries):  # an audio folder
         splits = [_split_above(entry.utterance.path, path.parent) for entry in entries]
-        if None not in splits:
-            return [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)]
+        entries = [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)]
+    _check_splits(path, rows, entries)
     return entries
+
+
+def _check_transcripts(path: Path, rows: list[tuple[int, dict]], entries: list[Entry]) -> None:
+    """Raise InputError if lines without an id give one whole recording different transcripts, perhaps of its parts."""
+    first: dict[Path, tuple[int, str | None]] = {}
+    for (line, _), entry in zip(rows, entries, strict=True):
+        u = entry.utterance
+        if u.is_part or u.transcript is None or entry.has_id:
+            continue
+        before, transcript = first.setdefault(u.path, (line, str(u.transcript)))
+        if transcript != u.transcript:
+            raise InputError(
+                f"{path} lines {before} and {line} give different transcripts of all of {u.path}; keep one, or give "
+                "the parts of the recording in columns 'start' and 'end'"
+            )
+
+
+def _check_splits(path: Path, rows: list[tuple[int, dict]], entries: list[Entry]) -> None:
+    """Raise InputError if some entries have a split and others have none, so that no role would include these."""
+    without = [line for (line, _), entry in zip(rows, entries, strict=True) if entry.split is None]
+    if without and len(without) < len(entries):
+        raise InputError(
+            f"{path} line {without[0]} has no split, unlike other lines; give train, dev or test in a column 'split', "
+            "or remove the line"
+        )
 
 
 def _split_above(file: Path, folder: Path) -> str | None:
@@ -144,6 +170,8 @@ def _resolve_path(path: Path, line: int, text: str, folder: Path) -> Path:
     file = folder / os.path.expanduser(text)  # an absolute path stays as it is
     if "\\" in text and not os.path.lexists(file):
         file = folder / text.replace("\\", "/")
+    if not file.name:
+        raise InputError(f"{path} line {line}: {text} names no file; give the path of the recording")
     if folder != path.parent:  # Common Voice
         file = folder.parent / text if text.startswith(f"{CLIPS_FOLDER}/") else file
         file = file if file.suffix else file.with_suffix(".mp3")

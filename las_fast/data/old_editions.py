@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from las_fast.data.folders import list_files, subfolders
-from las_fast.data.hw4p2 import LOAD_ERRORS
+from las_fast.data.npy import LOAD_ERRORS
 from las_fast.errors import InputError
 
 CONVERT = (

@@ -101,7 +101,7 @@ def _standard_input() -> int:
 def _copy(read: Callable[[int], bytes], name: str, descriptor: int) -> None:
     """Write the bytes that read(count) returns to a file, until it returns b""."""
     try:
-        while data := read(1 << 20):
+        while data := _read_block(read, name):
             while data:
                 data = data[os.write(descriptor, data) :]
     except TypeError:
@@ -109,6 +109,16 @@ def _copy(read: Callable[[int], bytes], name: str, descriptor: int) -> None:
     except ValueError as error:  # the file object is closed, or open for writing only
         reason = str(error).rstrip(".")
         raise InputError(f"{name} cannot be read ({reason}); open it again with open(path, 'rb')") from None
+
+
+def _read_block(read: Callable[[int], bytes | None], name: str) -> bytes:
+    try:
+        data = read(1 << 20)
+    except OSError as error:
+        raise InputError(f"{name} cannot be read ({error.strerror or error}); open it again") from None
+    if data is None:
+        raise InputError(f"{name} has no data yet; give a file object whose read() waits for data")
+    return data
 
 
 def _write_temporary(write: Callable[[int], None], name: str) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from las_fast.errors import InputError
+from las_fast.progress import track
 from las_fast.text import normalise_text
 
 if TYPE_CHECKING:
@@ -21,31 +22,31 @@ TOLERANCE = 0.25  # seconds that adjacent parts of a recording may share
 COMMON_WORDS = 6  # sentences with this many words in a row in common overlap
 
 
-def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
-    """Count the utterances of `second` that overlap in time with an utterance of `first` from the same recording."""
+def count_overlap(first: SpeechDataset, second: SpeechDataset) -> tuple[int, int]:
+    """Count what two datasets share.
+
+    Returns:
+        The number of utterances of `second` that overlap in time with an utterance of `first` from the same recording,
+        and the number of recordings that have utterances in both.
+    """
     spans: dict[tuple, list[tuple[float, float]]] = {}
-    for path, span in zip(first.paths, first.spans, strict=True):
-        spans.setdefault(file_identity(path), []).append(span)
+    for path, span in zip(track(first.paths, "comparing recordings", "files"), first.spans, strict=True):
+        spans.setdefault(recording_key(path), []).append(span)
     starts, ends = {}, {}
     for file, intervals in spans.items():
         intervals.sort()
         starts[file] = [start for start, _ in intervals]
         ends[file] = list(accumulate((end for _, end in intervals), max))
     overlapping = 0
-    for path, (start, end) in zip(second.paths, second.spans, strict=True):
-        file = file_identity(path)
+    files = list(map(recording_key, second.paths))
+    for file, (start, end) in zip(files, second.spans, strict=True):
         margin = min(TOLERANCE, (end - start) / 4)  # adjacent parts may touch
         before = bisect_left(starts.get(file, []), end - margin)
         overlapping += before > 0 and ends[file][before - 1] > start + margin
-    return overlapping
+    return overlapping, len(spans.keys() & set(files))
 
 
-def count_shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
-    """Count the recordings that have utterances in both datasets."""
-    return len(set(map(file_identity, first.paths)) & set(map(file_identity, second.paths)))
-
-
-def file_identity(path: Path) -> tuple:
+def recording_key(path: Path) -> tuple:
     """Return a key that is equal for a file and all links to it."""
     try:
         stat = os.stat(path)

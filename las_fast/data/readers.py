@@ -22,8 +22,10 @@ import numpy as np
 
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Utterance
-from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
+from las_fast.data.hw4p2 import read_transcript
+from las_fast.data.npy import LOAD_ERRORS, load_problem
 from las_fast.errors import InputError
+from las_fast.system import exit_reason
 
 CHUNK_SIZE = 16  # utterances per unit of work
 MAX_RESULT_BYTES = 8 << 20  # bytes of frames that a worker sends at once; a larger utterance is sent alone
@@ -83,9 +85,9 @@ def read_utterances(
             while missing:
                 result = queues[i % workers].get()
                 if isinstance(result, str):
+                    advice = "free some memory and run again" if "memory" in result else "its error is above"
                     raise InputError(
-                        f"a process that reads recordings ended early ({result}) near {chunk[-missing].path}; "
-                        "free some memory and run again, or remove that recording"
+                        f"a process that reads recordings ended early ({result}) near {chunk[-missing].path}; {advice}"
                     )
                 yield from result
                 missing -= len(result)
@@ -102,9 +104,16 @@ def _start_worker(task: Path) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     package_root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([package_root, environment["PYTHONPATH"]])
-    command = [sys.executable, "-c", "from las_fast.data.readers import run_worker; run_worker()", str(task)]
+    # -P: a file in the current folder must not replace a module.
+    command = [sys.executable, "-P", "-c", "from las_fast.data.readers import run_worker; run_worker()", str(task)]
     # In a new session an interrupt reaches only the parent, which ends the workers without tracebacks from each.
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+    except OSError as error:
+        raise InputError(
+            f"a process that reads recordings cannot be started ({error.strerror}); free some memory, or raise the "
+            "limit of processes (ulimit -u)"
+        ) from None
 
 
 def _receive(child: subprocess.Popen, results: queue.Queue) -> None:
@@ -114,7 +123,7 @@ def _receive(child: subprocess.Popen, results: queue.Queue) -> None:
         while True:
             results.put(pickle.load(stdout))
     except Exception as error:  # forward any error, or the consumer waits forever
-        results.put(f"exit status {child.wait()}, {type(error).__name__} {error}")
+        results.put(f"{exit_reason(child.wait())}, {type(error).__name__} {error}")
 
 
 def _end_receiver(child: subprocess.Popen, results: queue.Queue, thread: threading.Thread) -> None:

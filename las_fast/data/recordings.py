@@ -5,16 +5,25 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from las_fast.data.folders import list_folder
-from las_fast.data.librispeech import audio_suffixes
 from las_fast.errors import InputError, show
 
 MEDIA_SUFFIXES = frozenset((  # of files that need PyAV
     ".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".3gp", ".aac", ".ac3", ".webm", ".mkv", ".mka", ".wma", ".wmv", ".avi",
     ".amr", ".flv", ".wv", ".ape", ".tta", ".mpg", ".mpeg",
 ))  # fmt: skip
+
+
+@cache
+def audio_suffixes() -> frozenset[str]:
+    """Return the suffixes of the formats that libsndfile reads, in lower case."""
+    import soundfile  # here, because archives of features need no soundfile
+
+    formats = soundfile.available_formats().keys() - {"RAW"}  # RAW has no header
+    return frozenset(f".{name.lower()}" for name in formats) | {".opus", ".oga", ".aif"}
 
 
 def find_recordings(paths: list[Path]) -> list[Path]:

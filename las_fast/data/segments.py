@@ -113,7 +113,7 @@ def chunks(
     """
     detector = detector or EnergyDetector(config)
     longest, span = frames_in(MAX_CHUNK, config), frames_in(QUIET_SPAN, config)
-    pending, first = torch.empty(0), 0
+    pending, first = torch.empty(0, dtype=torch.float32), 0
     for new in chain(frames, [None]):  # None: the end
         enough = longest + 1 if new is None else longest + span
         pending = pending if new is None else torch.cat([pending, new])

@@ -7,7 +7,6 @@ of the utterance, so that the channel and the level fit. An utterance keeps its 
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from las_fast.data.npy import LOAD_ERRORS
 from las_fast.data.silence import frames_in
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
@@ -57,7 +57,9 @@ class WordTable:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 if str(arrays["data"]) == data:
                     return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-        except (ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+        except OSError:  # explained by the command; the file may be good
+            raise
+        except (*LOAD_ERRORS, KeyError, AttributeError):
             raise InputError(f"{path} is damaged; delete it, and the words will be aligned again") from None
         raise InputError(f"{path} is of another training set; delete it, and the words will be aligned again")
 

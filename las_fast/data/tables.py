@@ -29,7 +29,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         return _json_rows(path, read_lines(path))
     if path.suffix.lower() == ".csv":
         return _with_header(path, _csv_lines(path, read_lines(path)))
-    return _with_header(path, enumerate((line.split("\t") for line in read_lines(path)), 1))
+    return _with_header(path, enumerate((_split(line, "\t") for line in read_lines(path)), 1))
 
 
 def columns(path: Path) -> list[str]:
@@ -54,7 +54,7 @@ def _csv_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str
     header = next(lines, "")
     delimiter = _delimiter(header)
     if delimiter in "\t|":  # tables with these delimiters do not quote
-        yield from enumerate((line.split(delimiter) for line in chain([header], lines)), 1)
+        yield from enumerate((_split(line, delimiter) for line in chain([header], lines)), 1)
         return
     reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True)
     before = 1
@@ -76,7 +76,7 @@ def _delimiter(header: str) -> str:
 
 
 def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
-    header = _without_trailing_blanks(map(_unquoted, next(lines, (1, []))[1]))
+    header = _without_trailing_blanks(map(str.strip, next(lines, (1, []))[1]))
     header = [name or f"column {i}" for i, name in enumerate(header, 1)]  # pandas leaves the name of its index empty
     if len(set(header)) < len(header):
         duplicate = next(name for name in header if header.count(name) > 1)
@@ -84,7 +84,7 @@ def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator
     if not header:
         raise InputError(f"{path} must begin with a header line that has a column 'path'; got an empty line")
     for line, values in lines:
-        values = [_unquoted(value) for value in values]
+        values = [value.strip() for value in values]
         if not any(values):
             continue
         values = values[: len(header)] + _without_trailing_blanks(values[len(header) :])
@@ -101,6 +101,11 @@ def _without_trailing_blanks(values: Iterable[str]) -> list[str]:
     return values
 
 
+def _split(line: str, delimiter: str) -> list[str]:
+    """Split a line of a table that does not quote, and remove the quotes that spreadsheets add nevertheless."""
+    return [_unquoted(value) for value in line.split(delimiter)]
+
+
 def _unquoted(value: str) -> str:
     value = value.strip()
     inner = value[1:-1].replace('""', "")
@@ -110,20 +115,24 @@ def _unquoted(value: str) -> str:
 
 
 def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[Row]:
-    first = next(lines, "")
-    if path.suffix.lower() == ".json" and first.lstrip().startswith("["):
-        yield from _array_rows(path, "\n".join([first, *lines]))
+    filled = ((line, text) for line, text in enumerate(lines, 1) if text.strip())
+    first = next(filled, None)
+    if first is None:
         return
-    for line, text in enumerate(chain([first], lines), 1):
-        if text.strip():
-            yield line, _object(path, line, _parsed(path, line, text))
+    line, text = first
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        yield from _array_rows(path, "\n" * (line - 1) + "\n".join([text, *lines]))
+        return
+    for line, text in chain([first], filled):
+        yield line, _object(path, line, _parsed(path, line, text, "write one object per line"))
 
 
 def _array_rows(path: Path, text: str) -> Iterator[Row]:
     """Yield the objects of a JSON array with the lines in which they begin."""
     decoder = json.JSONDecoder()
-    count = len(_parsed(path, 1, text))  # reports what is not JSON
-    line, end = 1, text.index("[") + 1
+    count = len(_parsed(path, 1, text, "correct it"))  # reports what is not JSON
+    end = text.index("[") + 1
+    line = 1 + text.count("\n", 0, end)
     for _ in range(count):
         start = next(i for i in range(end, len(text)) if text[i] not in " \t\r\n,")
         line += text.count("\n", end, start)
@@ -132,13 +141,13 @@ def _array_rows(path: Path, text: str) -> Iterator[Row]:
         line += text.count("\n", start, end)
 
 
-def _parsed(path: Path, line: int, text: str):
+def _parsed(path: Path, line: int, text: str, remedy: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
         reason = getattr(error, "msg", None) or str(error)
-        raise InputError(f"{path} line {line} is not JSON: {reason}; write one object per line") from None
+        raise InputError(f"{path} line {line} is not JSON: {reason}; {remedy}") from None
 
 
 def _object(path: Path, line: int, row) -> dict:

@@ -56,7 +56,7 @@ def running_part(part: BatchPart) -> Iterator[None]:
     """Inside the block, every random draw for a batch is that for the whole batch, of which the part takes its rows.
 
     With the same seed for each part, the parts together have the dropout masks and sampled tokens of the whole batch.
-    On CUDA that holds for batches of a multiple of 8 rows, because the listener pads its batch to one.
+    On CUDA that holds for batches of a multiple of 8 rows, because the listener pads every batch to a multiple of 8.
     """
     token = _part.set(part)
     try:

@@ -17,8 +17,8 @@ from las_fast.ops.bilstm import bilstm_on_streams
 
 Taps = dict[int, tuple[Tensor, Tensor]]  # by layer: output (B, T, 2H) and lengths (B,)
 
-# cuDNN's persistent LSTM kernels need a batch size that is a multiple of this. Fewer rows are not padded: one would
-# take the memory of eight, so a batch that does not fit would not fit in parts either.
+# cuDNN's persistent LSTM kernels need a batch size that is a multiple of this. A batch of fewer rows is not padded: one
+# row would take the memory of eight, so a batch that does not fit would not fit row by row either.
 CUDNN_ROWS = 8
 
 

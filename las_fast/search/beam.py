@@ -37,7 +37,7 @@ class Hypothesis:
     normalised: float  # score / tokens ** length_penalty, <eos> counted; the rank is this plus the coverage term
     attended_frames: list[int]  # the encoder frame that each token attended to most
     token_scores: list[float]  # the score of each token in text_tokens
-    finished: bool  # False if <eos> was forced at the maximum length
+    finished: bool  # False at the maximum length, where <eos> is forced
     speech_score: float | None = None  # see las_fast.search.dataset.speech_scores; None if it was not requested
     words: tuple[Word, ...] = ()  # see las_fast.search.words; empty if they were not requested
 

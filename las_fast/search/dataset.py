@@ -15,7 +15,7 @@ from torch import Tensor
 
 from las_fast.config import DecodingConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
-from las_fast.errors import DoesNotFit, NotFinite, is_out_of_memory
+from las_fast.errors import DoesNotFit, NotFinite, causes, is_out_of_memory
 from las_fast.model.attention import Memory
 from las_fast.ops import NgramModel, ctc_loss
 from las_fast.ops.ctc_loss import min_frames
@@ -95,7 +95,8 @@ def decode_dataset(
     )
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
-        for indices, decoded in decode_batches(decode, dataset, vocabulary, config):
+        pin = torch.device(device).type == "cuda"
+        for indices, decoded in decode_batches(decode, dataset, vocabulary, config, pin=pin):
             for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
                 _check_finite(hypotheses, dataset.ids[i])
                 results[i] = hypotheses
@@ -104,17 +105,18 @@ def decode_dataset(
 
 
 def decode_batches(
-    decode: Callable[[Batch], T], dataset, vocabulary: Vocabulary, config: DecodingConfig
+    decode: Callable[[Batch], T], dataset, vocabulary: Vocabulary, config: DecodingConfig, *, pin: bool
 ) -> Iterator[tuple[Tensor, T]]:
     """Decode all utterances of a dataset in batches, longest first; yield the indices and decode(batch) of each.
 
     A batch that does not fit in memory is halved and tried again, and later batches of that size are halved at once.
+    pin: put batches into pinned memory, for a model on CUDA.
 
     Raises:
         InputError: one utterance alone does not fit in memory.
     """
     failed_size = math.inf  # padded frames of the smallest batch that did not fit
-    for batch in batches_to_decode(dataset, vocabulary, config):
+    for batch in batches_to_decode(dataset, vocabulary, config, pin=pin):
         waiting = [batch]
         while waiting:
             part = waiting.pop()
@@ -127,14 +129,14 @@ def decode_batches(
                 waiting += _split_in_half(part, dataset)
 
 
-def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig) -> Iterable[Batch]:
+def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig, *, pin: bool = False) -> Iterable[Batch]:
     """Return batches of similar lengths, longest utterances first, without transcripts."""
     batches = sorted_batches(
         dataset.frame_counts, frames_per_batch=config.frames_per_batch, utterances_per_batch=MAX_UTTERANCES_PER_BATCH
     )
     without_text = copy.copy(dataset)
     without_text.texts = [None] * len(dataset)  # transcripts may have characters outside the vocabulary
-    return make_loader(without_text, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
+    return make_loader(without_text, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0, pin=pin)
 
 
 @torch.inference_mode()
@@ -203,21 +205,11 @@ def _try_decode(decode: Callable[[Batch], T], batch: Batch) -> list[T]:
     try:
         return [decode(batch)]
     except (MemoryError, RuntimeError) as error:
-        if not any(map(is_out_of_memory, _causes(error))):
+        if not any(map(is_out_of_memory, causes(error))):
             raise
     clear_graphs()
     torch.cuda.empty_cache()
     return []
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error and those it was raised from or while handling.
-
-    If memory runs out during the capture of a CUDA graph, torch ends the capture, and that raises another error.
-    """
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _split_in_half(batch: Batch, dataset) -> list[Batch]:
@@ -230,7 +222,7 @@ def _split_in_half(batch: Batch, dataset) -> list[Batch]:
         i = int(batch.indices[0])
         raise DoesNotFit(
             f"utterance {dataset.ids[i]} ({dataset.seconds[i]:.0f} s) alone does not fit in memory; "
-            "lower --decoding.beam, decode on a machine with more memory, or cut the recording"
+            "lower the beam, decode on a machine with more memory, or cut the recording"
         )
     halves = []
     for rows in (slice(0, count // 2), slice(count // 2, count)):

@@ -49,7 +49,8 @@ def decode_grid(
             bar.update(len(batch.indices))  # those of a batch that is halved count twice
 
     with progress(len(dataset) * len(settings), "tuning", "utterances") as bar:
-        for _ in decode_batches(partial(decode, bar=bar), dataset, loaded.vocabulary, settings[0]):
+        pin = torch.device(device).type == "cuda"
+        for _ in decode_batches(partial(decode, bar=bar), dataset, loaded.vocabulary, settings[0], pin=pin):
             pass
     return texts
 

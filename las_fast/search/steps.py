@@ -187,8 +187,8 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
 def steps_per_chunk(search: Search, memory) -> int:
     """Return the number of steps in a chunk.
 
-    On CUDA, up to two chunks less one step run past the end. Short chunks shorten that, but each costs a dozen
-    launches, so only short texts get them.
+    On CUDA a search notices its end late, and computes up to two chunks less one step too many. Shorter chunks waste
+    less, but each costs a dozen launches, so only short texts get them.
     """
     short = memory.lengths.is_cuda and longest_text(search, memory) <= SHORT_TEXT
     return STEPS_PER_CHUNK // 2 if short else STEPS_PER_CHUNK

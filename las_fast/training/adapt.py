@@ -23,19 +23,28 @@ FINETUNE = "finetune"  # the preset that takes all other settings from --init
 NO_DEV = "or hold out a tenth of the training data: --data.dev-share 0.1"
 
 
+# Launchers, and the environment variables in which they tell a process how many there are, and its number.
+LAUNCHERS = (
+    ("torchrun", "WORLD_SIZE", "RANK"),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
+
+
 def check_one_process() -> None:
     """Raise InputError if a launcher such as torchrun has started several processes; only rank 0 has the message.
 
     Raises:
         SystemExit: with status 2, in the processes of other ranks.
     """
-    count, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    if not count.isdecimal() or int(count) < 2:
+    launched = ((name, os.environ.get(size, "1"), os.environ.get(rank, "0")) for name, size, rank in LAUNCHERS)
+    name, count, rank = next((x for x in launched if x[1].isdecimal() and int(x[1]) > 1), ("", "", ""))
+    if not name:
         return
     if rank != "0":
         raise SystemExit(2)
     raise InputError(
-        f"torchrun (or a launcher like it) has started {count} processes, but a training is one process on one device; "
+        f"{name} (or a launcher like it) has started {count} processes, but a training is one process on one device; "
         "start it with python -m las_fast.train, with --training.threads for CPU cores or --device cuda:1 for a GPU; "
         "several GPUs can run several trainings, each with its own --out"
     )
@@ -204,15 +213,25 @@ def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
         pairs["model.listener.top_layers"] = (before.top_layers, now.top_layers)
     for name, (was, wanted) in pairs.items():
         if was != wanted:
-            advice = f"--config {FINETUNE}, which takes its settings"
-            raise InputError(f"--init {init.path} was trained with {name} {was}, not {wanted}; give {advice}")
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"--init {init.path} was trained with {name} {was}, not {wanted}; give --config {FINETUNE}, which "
+                f"takes its settings, without {option}"
+            )
 
 
 def inherit_lm(init: Loaded, config: Config, out: Path) -> None:
-    """Copy the language model of the initial checkpoint next to the new checkpoints, if the settings use one."""
+    """Copy the language model of the initial checkpoint next to the new checkpoints, if the settings use one.
+
+    A language model that is there already is kept.
+    """
     lm = lm_path_for(init.path)
     if not config.decoding.ngram_weight or not lm.is_file():
         return
+    own = lm_path_for(out / BEST)
+    source, what = (own, "the one in the folder") if own.is_file() else (lm, f"that of {init.path.stem}")
     for name in (BEST, *([AVERAGED] if config.training.ema_decay else [])):
-        write_atomically(lm_path_for(out / name), lambda path: shutil.copyfile(lm, path))
-    print(f"language model: that of {init.path.stem}, copied to {lm_path_for(out / BEST)}")
+        target = lm_path_for(out / name)
+        if not target.is_file():
+            write_atomically(target, lambda path: shutil.copyfile(source, path))
+    print(f"language model: {what}, {own}")

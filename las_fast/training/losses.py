@@ -1,4 +1,4 @@
-"""Training losses, each summed over the tokens of a batch without padding."""
+"""Training losses over the tokens of a batch without padding."""
 
 from __future__ import annotations
 

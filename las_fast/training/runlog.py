@@ -25,14 +25,15 @@ RENAMED = {"heard": "audio_gain"}  # keys of `monitor` in logs of earlier versio
 class RunLog:
     """Writes rows to log.jsonl, TensorBoard and, if enabled, Weights & Biases.
 
-    On resume, rows of log.jsonl and TensorBoard after `step` are dropped.
+    On resume, rows of log.jsonl and TensorBoard after `step` are dropped, and those of log.jsonl after `epoch`: if
+    batches are smaller now, `step` is larger than the saved one.
     """
 
-    def __init__(self, out: Path, config: Config, step: int):
+    def __init__(self, out: Path, config: Config, step: int, epoch: float = math.inf):
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = out / "log.jsonl"
-        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        kept = [row for row in read_rows(self.path) if row["step"] <= step and row.get("epoch", 0) <= epoch]
         write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a", buffering=1)
         self._resources = contextlib.ExitStack()

@@ -15,6 +15,7 @@ from las_fast.config import Config
 from las_fast.data.batching import Batch, Curriculum
 from las_fast.errors import InputError, is_out_of_memory
 from las_fast.model.layers import BatchPart, running_part
+from las_fast.search.cuda_graph import clear_graphs
 from las_fast.search.steps import PendingFlag
 from las_fast.training.losses import training_loss
 from las_fast.training.parts import Parts
@@ -26,7 +27,7 @@ from las_fast.training.schedules import (
     teacher_forcing_rate,
 )
 
-MAX_SKIPPED_STEPS = 50  # in a row; the loss scale of fp16 takes about twenty to come down
+MAX_SKIPPED_STEPS = 50  # in a row; fp16 may skip about twenty until its loss scale is low enough
 
 
 @dataclass
@@ -98,6 +99,7 @@ class Learner:
                     raise
             parts = self.parts.halve(utterances, frames)  # outside `except`, where the error keeps tensors alive
             if self.device.type == "cuda":
+                clear_graphs()  # those of the last validation
                 torch.cuda.empty_cache()
 
     def _accumulate(self, batch: Batch, size: int) -> dict[str, Tensor]:

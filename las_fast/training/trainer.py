@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Generator
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
 from las_fast.data.normalisation import Statistics
 from las_fast.data.splice import Splice, WordTable
-from las_fast.errors import InputError, explain_error, is_out_of_memory
+from las_fast.errors import InputError, causes, explain_error, is_out_of_memory
 from las_fast.model.las import LAS
 from las_fast.progress import Progress as ProgressBar
 from las_fast.progress import write
@@ -70,6 +71,11 @@ class Trainer(Learner):
         self.announced = False  # whether the expected duration was printed
         self.logged = ""  # loss and speed at the latest logged step, for the progress bar
 
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """The fingerprint of the datasets."""
+        return fingerprint(self.train_data, self.dev_data)
+
     # The loop
 
     def run(self) -> None:
@@ -81,7 +87,7 @@ class Trainer(Learner):
             Stopped: a signal asked to stop.
             InputError: memory or disk ran out, or the training has diverged.
         """
-        self.log = RunLog(self.out, self.config, self.progress.step)
+        self.log = RunLog(self.out, self.config, self.progress.step, self.epoch)
         with self.stop.catch(), self._progress_bar() as bar:
             problem = self._train(bar)
             saved = self._rescue(problem)
@@ -177,6 +183,7 @@ class Trainer(Learner):
             start=start,
             workers=self.config.data.workers,
             frame_multiple=TRAINING_FRAME_MULTIPLE,
+            pin=self.device.type == "cuda",
             poll=self.stop.check,
         )
 
@@ -255,7 +262,7 @@ class Trainer(Learner):
             options = (self.config, self.device, self.out, self.epoch, self.stop.check)
             return validate(model, self.dev_data, self.vocabulary, *options)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not any(map(is_out_of_memory, causes(error))):
                 raise
             now = self.config.decoding.frames_per_batch
         advice = "continue with --resume" if self.progress.step else "start again"
@@ -311,7 +318,8 @@ class Trainer(Learner):
         if step % 10 == 0 or step == self.steps:
             values = dict(zip(parts, torch.stack(tuple(parts.values())).tolist(), strict=True))  # waits once
             values |= {"speed": self.pace.speed(), "waiting": self.pace.waiting()}
-            self.pace.losses.append(values["loss"])
+            if math.isfinite(values["loss"]):  # not that of a step that was skipped
+                self.pace.losses.append(values["loss"])
             self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"])
             self.logged = f", loss {values['loss']:.3f}, {values['speed']:.0f} x real time"
         bar.note(f"epoch {self.epoch:.1f}{self.logged}")
@@ -367,7 +375,7 @@ class Trainer(Learner):
             "core_seconds": 3600 * self.core_hours(),
             "init": self.source.get("init"),
             "statistics": None if statistics is None else (statistics.mean, statistics.std),
-            "data": fingerprint(self.train_data, self.dev_data),
+            "data": self.data_fingerprint,
         }
 
     def resume(self) -> None:
@@ -379,7 +387,7 @@ class Trainer(Learner):
         path = self.out / LAST
         state = checkpoint.load_state(path)
         check_same_settings(state["settings"], to_tree(self.config), path, kind=self.source["kind"])
-        if state["data"] != fingerprint(self.train_data, self.dev_data):
+        if state["data"] != self.data_fingerprint:
             raise InputError(f"{path} was trained on other utterances; resume with the same --data and --extra-data")
         checkpoint.load_weights(self.model, state["model"], path)
         if self.averaged is not None:
@@ -408,6 +416,6 @@ class Trainer(Learner):
         step = self.curriculum.steps_before(epoch) + batch * len(self.curriculum.batches_of(epoch)) // len(
             before.batches_of(epoch)
         )
-        print(f"batches are smaller than before: step {progress.step} is step {step} now")
+        print(f"batches are smaller, so epochs have more steps: the saved step {progress.step} counts as step {step}")
         progress.validated = step if progress.validated == progress.step else 0
         progress.step = self.saved_step = step

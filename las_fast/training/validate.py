@@ -82,7 +82,8 @@ def validate(
     frame_seconds = seconds_of(config.model.listener.time_reduction, config.features)
     pictures = AttentionPictures(data, config.training.pictures, frame_seconds)
     sums, search, hypotheses = _Sums(), _greedy_settings(config), [""] * len(data)
-    for batch in track(_batches(data, vocabulary, config), "validating", "batches"):
+    pin = device.type == "cuda"
+    for batch in track(_batches(data, vocabulary, config, pin=pin), "validating", "batches"):
         check_stop()
         batch = batch.to(device)
         memory = model.listen(batch.features, batch.feature_lengths)
@@ -95,13 +96,13 @@ def validate(
     return Validation(sums.loss(), scores, sums.alignment(), hypotheses, describe_fault(hypotheses), samples)
 
 
-def _batches(data: SpeechDataset, vocabulary: Vocabulary, config: Config) -> Iterable[Batch]:
+def _batches(data: SpeechDataset, vocabulary: Vocabulary, config: Config, *, pin: bool) -> Iterable[Batch]:
     batches = sorted_batches(
         data.frame_counts,
         frames_per_batch=config.decoding.frames_per_batch,
         utterances_per_batch=config.data.utterances_per_batch,
     )
-    return make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
+    return make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0, pin=pin)
 
 
 def _greedy_settings(config: Config) -> DecodingConfig:

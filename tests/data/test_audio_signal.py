@@ -8,8 +8,10 @@ import soundfile
 import soxr
 from recordings import FLAC, MP3, OPUS, RATE, VORBIS, WAV, encoded, put, read, refusal, stereo_file, waveform
 
-from las_fast.data.audio import load_audio, open_recording
+from las_fast.data import audio
+from las_fast.data.audio import load_audio, load_utterance, open_recording
 from las_fast.data.channels import Mixer
+from las_fast.data.corpus import Utterance
 from las_fast.data.decoder import SoundStream
 from las_fast.data.quality import SignalQuality
 from las_fast.errors import InputError
@@ -258,8 +260,8 @@ def test_a_warning_on_channels_is_given_once(tmp_path):
 
 
 def whole_numbers(folder, loud: list[float], count: int = 10_000, quiet: float = 4.0):
-    """Write a file of `count` floating-point samples: `loud`, then `quiet`."""
-    samples = np.full(count, quiet, np.float32)
+    """Write a file of `count` floating-point samples, or more: `loud`, then `quiet`."""
+    samples = np.full(max(count, len(loud)), quiet, np.float32)
     samples[::2] *= -1
     samples[: len(loud)] = loud
     return put(folder, encoded(samples, **FLOAT))
@@ -285,6 +287,16 @@ def test_integers_are_divided_by_the_full_scale_of_their_bits(tmp_path, peak, bi
     assert warnings[0].endswith(f": its samples are {bits}-bit numbers stored as floating point; "
                                 f"they were divided by {2 ** (bits - 1)}")  # fmt: skip
     assert samples[:200].tolist() == 200 * [np.float32(peak) / 2 ** (bits - 1)]
+
+
+def test_a_recording_read_in_parts_is_searched_once(tmp_path, monkeypatch):
+    path = whole_numbers(tmp_path, RATE * [2.0**15])
+    calls, search = [], audio.unscaled_integer_bits
+    monkeypatch.setattr(audio, "unscaled_integer_bits", lambda sound: calls.append(sound) or search(sound))
+    parts = [load_utterance(Utterance("x", path, None, 0.25, start, True), RATE) for start in (0.0, 0.25, 0.5)]
+    assert len(calls) == 1 and all((part[100:200] == 1.0).all() for part in parts)
+    whole_numbers(tmp_path, 2 * RATE * [0.5])
+    assert load_utterance(Utterance("x", path, None, 0.25, 0.25, True), RATE)[100] == 0.5 and len(calls) == 2
 
 
 def test_numbers_beyond_32_bits_are_not_audio(tmp_path):

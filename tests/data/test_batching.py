@@ -214,12 +214,12 @@ def test_a_loader_has_the_requested_workers_and_pins_for_a_gpu(dataset, monkeypa
     def poll():
         raise LookupError
 
-    for is_available in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=is_available: answer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --device cpu on a machine with a GPU
+    for options, pin in (({"pin": True}, True), ({}, False)):
         loader = make_loader(dataset, [[0], [1], [2]], Vocabulary(), augment=None, seed=0, epoch=0, workers=2,
-                             poll=poll)  # fmt: skip
+                             poll=poll, **options)  # fmt: skip
         made = loader.loader
-        assert (made.workers, made.poll, made.pin) == (2, poll, is_available) and len(loader) == 3
+        assert (made.workers, made.poll, made.pin) == (2, poll, pin) and len(loader) == 3
 
 
 def test_a_dev_loader_covers_the_whole_set_and_drops_no_last_batch(dataset):

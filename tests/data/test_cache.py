@@ -148,11 +148,12 @@ def test_a_changed_transcript_makes_a_new_entry(corpus, folder, change):
 
 
 def test_a_file_is_identified_by_path_size_and_mtime(tmp_path):
-    path, stamps = tmp_path / "x", [cache_module._stamp(tmp_path / name) for name in ("x", "y")]
+    real = os.path.realpath
+    path, stamps = tmp_path / "x", [cache_module._stamp(tmp_path / name, real) for name in ("x", "y")]
     for content, time_ns in ((b"", 0), (b"ab", 0), (b"cd", 1), (b"c", 1)):
         path.write_bytes(content)
         os.utime(path, ns=(0, time_ns))
-        stamps.append(cache_module._stamp(path))
+        stamps.append(cache_module._stamp(path, real))
     assert stamps[-1] == [str(path), 1, 1] and len(set(map(tuple, stamps))) == len(stamps)
 
 
@@ -373,6 +374,7 @@ def test_a_worker_finds_the_package_and_runs_in_its_own_session(tmp_path, monkey
     ((command, options),) = calls
     assert command == [
         sys.executable,
+        "-P",
         "-c",
         "from las_fast.data.readers import run_worker; run_worker()",
         str(tmp_path / "task"),
@@ -459,7 +461,7 @@ def test_at_most_a_group_of_audio_is_in_memory(tmp_path, folder, monkeypatch):
     start = subprocess.Popen
     small_answers = "import las_fast.data.readers as readers; readers.MAX_RESULT_BYTES = 1; readers.run_worker()"
     monkeypatch.setattr(
-        readers.subprocess, "Popen", lambda c, **options: start([c[0], "-c", small_answers, *c[3:]], **options)
+        readers.subprocess, "Popen", lambda c, **options: start([*c[:3], small_answers, *c[4:]], **options)
     )
     for entry in (grouped, build_entry(corpus, folder / "3", "train", FeatureConfig(), workers=2)):
         assert entry.ids == plain.ids
@@ -547,9 +549,52 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(corpus, folder, monkeypatch):
         return start([command[0], "-c", "raise SystemExit(3)"], **options)
 
     monkeypatch.setattr(readers.subprocess, "Popen", start_failing)
-    with pytest.raises(InputError, match=r"ended early \(exit status 3.*run again"):
+    with pytest.raises(InputError, match=r"ended early \(exit status 3.*its error is above"):
         build_entry(corpus, folder, workers=2)
     assert entries(folder) == []
+
+
+def test_a_worker_that_was_killed_needs_memory(corpus, folder, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
+    start = subprocess.Popen
+    killed = "import os; os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(readers.subprocess, "Popen", lambda c, **options: start([c[0], "-c", killed], **options))
+    with pytest.raises(InputError, match=r"ended early \(SIGKILL, perhaps out of memory, EOFError.*free some memory"):
+        build_entry(corpus, folder, workers=2)
+
+
+def test_a_worker_that_cannot_be_started_is_no_fault_of_the_cache(corpus, folder, monkeypatch):
+    def refuse(*_, **options):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
+    monkeypatch.setattr(readers.subprocess, "Popen", refuse)
+    with pytest.raises(InputError, match="cannot be started .*; free some memory, or raise .*ulimit -u"):
+        build_entry(corpus, folder, workers=2)
+    assert entries(folder) == []
+
+
+def test_workers_do_not_import_from_the_current_folder(corpus, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
+    (tmp_path / "queue.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    assert build_entry(corpus, folder, workers=2).ids
+
+
+def test_a_link_to_another_folder_makes_a_new_entry(tmp_path):
+    for version, value in (("1", 1.0), ("2", 2.0)):
+        make_archive(tmp_path / version, "F23", utterances=2)
+        for path in sorted((tmp_path / version).rglob("mfcc/*.npy")):
+            np.save(path, np.full((50, 28), value, np.float32))
+            os.utime(path, ns=(10**18, 10**18))
+    found = []
+    for version in ("1", "2"):
+        (tmp_path / "current").unlink(missing_ok=True)
+        (tmp_path / "current").symlink_to(tmp_path / version)
+        corpus = open_corpus(tmp_path / "current")
+        entry = open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(tmp_path / "cache"))
+        found.append(float(entry.frames(0)[0, 0]))
+    assert found == [1.0, 2.0]
 
 
 def test_an_interrupt_leaves_no_partial_cache(corpus, folder, monkeypatch):

@@ -65,6 +65,14 @@ def test_joined_files_are_two_streams(tmp_path, form, subtype, channels, less):
     assert [stream.missing_bytes for stream in cut] == [0, 200 - less]
 
 
+def test_a_file_of_very_many_streams_is_read_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "MAX_STREAMS", 3)
+    one = written(tmp_path / "x", "WAV", "PCM_16", 1, frames=0)
+    assert streams_in(tmp_path / "x", 3 * one).unread == []
+    layout = streams_in(tmp_path / "x", 9 * one)
+    assert len(layout.streams) == 3 and layout.unread == ["has more than 3 recordings one after another; split it"]
+
+
 def test_a_file_of_unknown_format_is_one_stream(tmp_path):
     (stream,) = streams_in(tmp_path / "x", b"no sound at all").streams
     assert stream.spans == ((0, 15),) and stream.length == 15 and stream.missing_bytes == 0

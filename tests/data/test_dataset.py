@@ -18,7 +18,7 @@ from las_fast.data.dataset import _TextCheck, load_dataset
 from las_fast.data.features import compute_features
 from las_fast.data.layouts import open_corpus
 from las_fast.data.normalisation import Statistics, _safe_std, normalise
-from las_fast.data.overlap import count_overlapping, count_shared_recordings
+from las_fast.data.overlap import count_overlap
 from las_fast.errors import InputError
 from las_fast.text import Vocabulary, training_remedy
 
@@ -198,10 +198,10 @@ def test_a_blank_transcript_in_a_manifest_is_none(tmp_path, blank):
 def test_recordings_in_two_datasets_are_counted(tmp_path):
     manifest = make_manifest(tmp_path)
     train, dev = load(manifest, "train", size=80), load(manifest, "dev", size=80)
-    assert count_overlapping(train, dev) == 0
-    assert count_overlapping(train, train) == 4
+    assert count_overlap(train, dev) == (0, 0)
+    assert count_overlap(train, train) == (4, 4)
     manifest.write_text(manifest.read_text() + "again\taudio/train-1.wav\t0.2\ts\tmade\tdev\tAGAIN\n")
-    assert count_overlapping(train, load(manifest, "dev", size=80)) == 1
+    assert count_overlap(train, load(manifest, "dev", size=80)) == (1, 1)
 
 
 def test_equal_ids_are_refused_or_the_later_is_left_out(tmp_path):
@@ -352,7 +352,7 @@ def test_parts_count_as_overlapping_beyond_the_tolerance(tmp_path, first, second
     paths = [tmp_path / "a.wav", tmp_path / "b.wav"]
     ours = SimpleNamespace(paths=[paths[0], paths[1]], spans=[first, (0.0, 1.0)])
     theirs = SimpleNamespace(paths=[paths[0], tmp_path / "c.wav"], spans=[second, (0.0, 1.0)])
-    assert count_overlapping(ours, theirs) == shared and count_shared_recordings(ours, theirs) == 1
+    assert count_overlap(ours, theirs) == (shared, 1)
 
 
 def test_overlap_does_not_depend_on_the_order_or_length_of_parts(tmp_path):
@@ -360,7 +360,7 @@ def test_overlap_does_not_depend_on_the_order_or_length_of_parts(tmp_path):
     for spans in ([(5.0, 8.0), (0.0, 4.0)], [(0.0, 9.0), (1.0, 2.0)]):
         ours = SimpleNamespace(paths=[path, path], spans=spans)
         theirs = [SimpleNamespace(paths=[path], spans=[span]) for span in ((3, 4), (6, 7), (9, 10))]
-        assert [count_overlapping(ours, other) for other in theirs] == [1, 1, 0]
+        assert [count_overlap(ours, other)[0] for other in theirs] == [1, 1, 0]
 
 
 def test_frames_map_back_to_a_recording_whose_silence_was_trimmed(tmp_path):

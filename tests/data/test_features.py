@@ -139,7 +139,8 @@ def test_no_samples_are_refused():
     assert compute_features([], LOGMEL) == []
 
 
-@pytest.mark.parametrize("config", [FeatureConfig(kind="mfcc", size=81), FeatureConfig(window_ms=0.0)])
+@pytest.mark.parametrize("config", [FeatureConfig(kind="mfcc", size=81), FeatureConfig(window_ms=0.0),
+                                    FeatureConfig(window_ms=10.0, shift_ms=20.0)])  # fmt: skip
 @pytest.mark.parametrize("trim", [True, False])
 def test_settings_that_make_no_frames_are_refused(config, trim):
     with pytest.raises(InputError, match="features"):

@@ -10,7 +10,7 @@ from tiny_corpora import make_archive, make_kaldi
 from las_fast.data.dataset import load_dataset
 from las_fast.data.holdout import hold_out
 from las_fast.data.layouts import open_corpus
-from las_fast.data.overlap import count_shared_recordings
+from las_fast.data.overlap import count_overlap
 from las_fast.errors import InputError
 
 
@@ -41,7 +41,7 @@ def test_the_parts_are_disjoint_and_complete_and_the_same_each_time(archive, sha
 def test_utterances_of_a_recording_stay_together(tmp_path):
     root = make_kaldi(tmp_path, recordings=4)
     train, dev = hold_out(load(root, size=13, kind="mfcc"), 0.2)
-    assert len(dev) and count_shared_recordings(train, dev) == 0
+    assert len(dev) and count_overlap(train, dev) == (0, 0)
 
 
 def test_a_single_recording_cannot_be_divided(tmp_path):

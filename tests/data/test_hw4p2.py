@@ -14,8 +14,9 @@ from tiny_corpora import EDITIONS, make_archive, make_manifest, save, text_array
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import load_dataset
-from las_fast.data.hw4p2 import find_archives, load_problem, peek_shape, read_transcript
+from las_fast.data.hw4p2 import find_archives, read_transcript
 from las_fast.data.layouts import open_corpus
+from las_fast.data.npy import load_problem, peek_shape
 from las_fast.errors import InputError
 
 

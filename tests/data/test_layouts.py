@@ -31,7 +31,7 @@ from las_fast.data.dataset import load_dataset
 from las_fast.data.features import compute_features
 from las_fast.data.layouts import open_corpus
 from las_fast.data.manifest import rows_by_id, split_of
-from las_fast.data.overlap import count_overlapping, count_shared_recordings
+from las_fast.data.overlap import count_overlap
 from las_fast.data.texts import read_texts
 from las_fast.errors import InputError, show
 
@@ -155,6 +155,10 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"to": 5}, "column 'to' \\(5\\) is unknown"),
         ({"start_frame": 5}, "column 'start_frame' \\(5\\) is unknown"),
         ({"from": 5}, "column 'from' \\(5\\) is unknown"),
+        ({"from_ms": 5}, "column 'from_ms' \\(5\\) is unknown"),
+        ({"tmin": 5}, "column 'tmin' \\(5\\) is unknown"),
+        ({"xmax (s)": 5}, r"column 'xmax \(s\)' \(5\) is unknown"),
+        ({"path": "/"}, "line 1: / names no file"),
     ],
 )
 def test_unknown_columns_that_select_a_part_are_refused(tmp_path, long, columns, message):
@@ -250,7 +254,7 @@ def test_parts_of_one_recording_in_train_and_dev_are_counted(tmp_path, long, tra
     rows[-1] |= dict(zip(("start", "end"), dev, strict=True)) if dev else {}
     manifest = write_table(tmp_path / "m.jsonl", rows)
     sets = load(manifest, "train"), load(manifest, "dev")
-    assert (count_overlapping(*sets), count_shared_recordings(*sets)) == (shared, divided)
+    assert count_overlap(*sets) == (shared, divided)
 
 
 # ------------------------------------------------------------------------------------------------------------ manifests
@@ -258,8 +262,8 @@ def test_parts_of_one_recording_in_train_and_dev_are_counted(tmp_path, long, tra
 
 def test_a_missing_recording_is_identified_by_its_path():
     gone, other = (SimpleNamespace(paths=[Path(f"gone/{x}.wav")], spans=[(0.0, np.inf)]) for x in "ab")
-    assert (count_overlapping(gone, gone), count_shared_recordings(gone, gone)) == (1, 1)
-    assert (count_overlapping(gone, other), count_shared_recordings(gone, other)) == (0, 0)
+    assert count_overlap(gone, gone) == (1, 1)
+    assert count_overlap(gone, other) == (0, 0)
 
 
 def test_a_manifest_may_have_an_upper_case_suffix(tmp_path, long):
@@ -311,7 +315,7 @@ def test_the_columns_of_other_tools_are_known(tmp_path, long, suffix):
 
 
 def test_the_first_preferred_column_that_is_not_blank_is_used(tmp_path, long):
-    rows = [{"text": "B", "transcript": "A", "path": "long.wav"}, {"text": "B", "transcript": " ", "path": "long.wav"}]
+    rows = [{"id": x, "text": "B", "transcript": x, "path": "long.wav"} for x in ("A", " ")]
     texts = [u.transcript for u in open_corpus(write_table(tmp_path / "m.jsonl", rows)).utterances("all")]
     assert texts == ["A", "B"]
 
@@ -342,12 +346,19 @@ def test_a_count_of_samples_is_a_duration(tmp_path, long, rate):
         ("M.JSONL", '\n{"path": "long.wav", "text": "WELL, \\"HI\\""}\n  \n'),
         ("M.JSON", ' [{"path": "long.wav", "text": "WELL, \\"HI\\""}]\n'),
         ("m.json", '[{"path": "long.wav",\n  "text": "WELL, \\"HI\\""}]\n'),
+        ("m.json", '\n \n[{"path": "long.wav",\n  "text": "WELL, \\"HI\\""}]\n'),
     ],
 )
 def test_quotes_spaces_and_empty_columns_of_tables(tmp_path, long, name, text):
     (tmp_path / name).write_text(text)
     (u,) = open_corpus(tmp_path).utterances("all")
     assert (u.path, u.transcript) == (long, 'WELL, "HI"')
+
+
+def test_quotes_of_a_value_in_csv_are_text(tmp_path, long):
+    (tmp_path / "m.csv").write_text('path,text\nlong.wav,"""YES."""\n')
+    (u,) = open_corpus(tmp_path).utterances("all")
+    assert u.transcript == '"YES."'
 
 
 @pytest.mark.parametrize("text", ['"', '"A" B "C"', '"A', 'A"', '""', "A ' B", '""A"', '"A""'])
@@ -371,6 +382,8 @@ def test_quotes_inside_a_value_are_text(tmp_path, long, name, text):
         ("m.json", '[\n{"path": "a.wav"},\n{"text": "\\n"}]', "line 3 has no path"),
         ("m.json", '[\n  {\n    "path" "a.wav"\n  }\n]\n', "line 3 is not JSON: Expecting ':' delimiter"),
         ("m.json", '[{"path": "a.wav"}, 5]', "line 1 must be a JSON object"),
+        ("m.json", '\n\n[{"path": "a.wav"},\n5]', "line 4 must be a JSON object"),
+        ("m.json", '[{"path": "a.wav"}', "line 1 is not JSON: .*; correct it"),
         ("m.jsonl", '{"path": ' + "1" * 5000 + "}", "line 1 is not JSON: Exceeds"),
         ("m.tsv", "path\tpath\na\tb\n", "two columns named 'path'"),
         ("m.tsv", "path\ttext\na.wav\tA\tB\n", "line 2 has 3 columns; its header has 2"),
@@ -468,6 +481,9 @@ def test_roles_without_a_split_are_left_out():
     assert assign_roles(("training", "train-b")) == {"train": ("training",)}
     assert assign_roles(("test-other", "test-clean", "test-a")) == {"test": ("test-clean",)}
     assert assign_roles(("testing", "test-a")) == {"test": ("testing",)}
+    espnet = ("train_nodev", "train_dev", "test")
+    assert assign_roles(espnet) == {"train": ("train_nodev",), "dev": ("train_dev",), "test": ("test",)}
+    assert assign_roles(("train_clean_100", "trainset")) == {"train": ("train_clean_100", "trainset")}
 
 
 def test_librispeech_hours_name_its_folders(tmp_path):
@@ -788,6 +804,22 @@ def test_kaldi_recordings_are_searched_for_up_to_three_folders_above(tmp_path, f
     assert u.path == (tmp_path if actual else tmp_path / folder) / "x.wav"
 
 
+def test_a_missing_first_recording_does_not_move_the_others(tmp_path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "b.wav").touch()
+    (tmp_path / "data" / "train" / "wav.scp").write_text("a a.wav\nb b.wav\n")
+    assert [u.path for u in open_corpus(tmp_path).utterances("train")] == [tmp_path / "a.wav", tmp_path / "b.wav"]
+
+
+def test_a_kaldi_folder_named_data_has_every_role(tmp_path):
+    make_kaldi(tmp_path, splits=("train",))
+    (tmp_path / "data" / "train").rename(tmp_path / "x")
+    (tmp_path / "data").rmdir()
+    (tmp_path / "x").rename(tmp_path / "data")
+    corpus = open_corpus(tmp_path)
+    assert (corpus.root, corpus.splits) == (tmp_path / "data", ("all",)) and corpus.resolve("train") == ("all",)
+
+
 def test_a_file_named_text_belongs_to_kaldi_only_beside_wav_scp(tmp_path):
     train = make_kaldi(tmp_path) / "train"
     for path in (tmp_path / "text", train / "notes.txt"):
@@ -862,8 +894,35 @@ def test_folders_in_paths_are_splits_only_in_metadata_files(tmp_path):
 
 
 def test_a_split_column_in_the_metadata_overrides_folders(tmp_path):
-    rows = [{"file_name": "train/a.wav", "split": "test"}, {"file_name": "dev/b.wav"}]
-    assert open_corpus(write_table(tmp_path / "metadata.jsonl", rows)).splits == ("test", "all")
+    rows = [{"file_name": "train/a.wav", "split": "test"}, {"file_name": "dev/b.wav", "split": "x"}]
+    assert open_corpus(write_table(tmp_path / "metadata.jsonl", rows)).splits == ("test", "x")
+
+
+def test_a_line_without_a_split_beside_lines_with_one_is_refused(tmp_path):
+    rows = [{"path": f"{name}.wav", "split": split} for name, split in (("a", "train"), ("b", "dev"), ("c", None))]
+    message = "line 3 has no split, unlike other lines; give train, dev or test in a column 'split'"
+    with pytest.raises(InputError, match=message):
+        open_corpus(write_table(tmp_path / "m.jsonl", rows))
+    del rows[2]["split"]
+    with pytest.raises(InputError, match=message):
+        open_corpus(write_table(tmp_path / "m.jsonl", rows))
+
+
+def test_a_recording_beside_the_split_folders_of_an_audio_folder_is_refused(tmp_path):
+    rows = [{"file_name": f"{name}/{name}.wav", "text": "HI"} for name in ("train", "extra", "test")]
+    with pytest.raises(InputError, match=r"metadata.csv line 3 has no split, unlike other lines"):
+        open_corpus(write_table(tmp_path / "metadata.csv", rows))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_different_transcripts_of_one_whole_recording_are_refused(tmp_path, long, suffix):
+    rows = [{"path": "long.wav", "text": text} for text in ("A", "A", "B")]
+    lines = "2 and 4" if suffix == ".csv" else "1 and 3"
+    message = f"m{suffix} lines {lines} give different transcripts of all of .*long.wav; keep one, or give the parts"
+    with pytest.raises(InputError, match=message):
+        open_corpus(write_table(tmp_path / f"m{suffix}", rows))
+    rows = [{**row, "start": i} for i, row in enumerate(rows)]
+    assert len(open_corpus(write_table(tmp_path / f"m{suffix}", rows)).utterances("all")) == 3
 
 
 def test_folders_with_other_manifests_are_not_an_audio_folder(tmp_path):
@@ -971,6 +1030,15 @@ def test_errors_on_unsupported_forms_of_data_say_what_to_do(tmp_path, name, mess
     (tmp_path / "METADATA.CSV").write_text("LJ001|Printing|Printing\n")
     names = r"\(or audio, audio_filepath, audio_path, audio_file, file_name\)$"
     with pytest.raises(InputError, match=rf"METADATA.CSV has no column 'path' {names}"):
+        open_corpus(tmp_path)
+
+
+def test_a_json_file_beside_packed_files_is_not_taken_for_a_manifest(tmp_path):
+    (tmp_path / "dataset_info.json").write_text('{"features": {}}\n')
+    with pytest.raises(InputError, match="dataset_info.json has no column 'path'"):
+        open_corpus(tmp_path)
+    (tmp_path / "data.arrow").touch()
+    with pytest.raises(InputError, match=r"it has \.arrow files; extract"):
         open_corpus(tmp_path)
 
 

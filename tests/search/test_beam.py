@@ -927,7 +927,7 @@ def test_halves_are_no_longer_than_their_longest_utterance():
 
 
 def test_an_utterance_that_does_not_fit_alone_is_named():
-    with pytest.raises(InputError, match=r"utterance u1 .* alone does not fit in memory; lower --decoding.beam"):
+    with pytest.raises(InputError, match=r"utterance u1 .* alone does not fit in memory; lower the beam"):
         decode(ListeningModel(15), FakeDataset(np.array([4, 20]), [None, None]))
 
 

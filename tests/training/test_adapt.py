@@ -326,10 +326,27 @@ def test_fine_tuning_keeps_the_language_model_and_validates_the_start(archive, p
                          "0", "--training.pictures", "0", "--training.precision", "fp32"))  # fmt: skip
     printed = capsys.readouterr().out
     assert "epoch 0: dev loss" in printed and "epoch 1: dev loss" in printed
-    assert f"language model: that of {parent.stem}, copied to {out}/best.lm.safetensors" in printed
+    assert f"language model: that of {parent.stem}, {out}/best.lm.safetensors" in printed
     for name in ("best", "averaged"):
         assert load_lm(out / f"{name}.lm.safetensors").order == 2
     assert load_config(out / "config.yaml").decoding.ngram_weight == 0.2
+
+
+def test_a_language_model_in_the_folder_is_kept(parent, tmp_path, capsys):
+    from las_fast.checkpoint import load_model
+
+    init = load_model(parent)
+    own = tmp_path / "best.lm.safetensors"
+    own.write_bytes(b"mine")
+    adapt.inherit_lm(init, init.config, tmp_path)
+    assert own.read_bytes() == (tmp_path / "averaged.lm.safetensors").read_bytes() == b"mine"
+    assert capsys.readouterr().out == f"language model: the one in the folder, {own}\n"
+
+
+def test_fine_tuning_uses_the_threads_of_the_machine():
+    parent = replace(Config(), training=replace(Config().training, threads=1))
+    settings, _ = load_settings("finetune", parent)
+    assert settings.training.threads == 0
 
 
 def test_a_language_model_without_a_weight_is_not_copied(parent, tmp_path):
@@ -362,6 +379,14 @@ def test_a_launcher_of_several_processes_is_refused(monkeypatch):
     with pytest.raises(SystemExit) as end:
         adapt.check_one_process()
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(("name", "count", "rank"), adapt.LAUNCHERS)
+def test_every_launcher_is_named(monkeypatch, name, count, rank):
+    monkeypatch.setenv(count, "3")
+    monkeypatch.setenv(rank, "0")
+    with pytest.raises(InputError, match=f"^{name} .* has started 3 processes"):
+        adapt.check_one_process()
 
 
 def test_a_missing_package_is_named_before_the_data_is_read(monkeypatch, tmp_path):

@@ -77,6 +77,17 @@ def test_a_resumed_training_continues_its_run_of_weights_and_biases(tmp_path, mo
     assert first == resumed != again == resumed_again and re.fullmatch("[0-9a-f]{12}", first)
 
 
+def test_rows_of_steps_that_are_trained_again_are_dropped(tmp_path):
+    log = RunLog(tmp_path, small(), 0)
+    for step in (1, 2, 3, 4):
+        log.training(step, step / 10, {"loss": 2.0}, 0.01)
+    log.close()
+    RunLog(tmp_path, small(), 5, 0.25).close()  # batches are smaller now, so step 2 counts as step 5
+    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [1, 2]
+    RunLog(tmp_path, small(), 1, 0.25).close()
+    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [1]
+
+
 def test_wandb_is_not_started_by_default(tmp_path, monkeypatch):
     wandb = Wandb(None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)

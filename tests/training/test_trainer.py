@@ -269,7 +269,7 @@ def fake_run(trainer, monkeypatch, *, problem, close=None):
             raise close
 
     monkeypatch.setattr(
-        trainer_module, "RunLog", lambda out, config, step: SimpleNamespace(close=closing, at=(out, step))
+        trainer_module, "RunLog", lambda out, config, *at: SimpleNamespace(close=closing, at=(out, *at))
     )
     trainer._train, trainer._rescue = (lambda bar: problem), (lambda error: True)
     trainer._progress_bar = contextlib.nullcontext
@@ -286,12 +286,13 @@ def fake_run(trainer, monkeypatch, *, problem, close=None):
     ],
 )
 def test_a_training_closes_its_log_and_ends_with_its_problem(monkeypatch, problem, close, raised):
-    trainer = bare_trainer(out=Path("run"), stop=StopSignals())
+    trainer = bare_trainer(out=Path("run"), stop=StopSignals(), curriculum=Curriculum(), steps=40)
+    trainer.config = small(training=replace(small().training, epochs=10))
     trainer.progress.step = 5
     closed = fake_run(trainer, monkeypatch, problem=problem, close=close)
     with contextlib.nullcontext() if raised is None else pytest.raises(raised):
         trainer.run()
-    assert closed == [1] and trainer.log.at == (Path("run"), 5)
+    assert closed == [1] and trainer.log.at == (Path("run"), 5, trainer.epoch)
 
 
 def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
@@ -489,7 +490,7 @@ def test_smaller_batches_resume_at_the_same_share_of_the_epoch(monkeypatch, caps
     trainer._convert_step(to_tree(data))
     assert (trainer.progress.step, trainer.progress.validated, trainer.saved_step) == (step, moved, step)
     assert planned == ([("frames", small(data=data))] if now else [])
-    printed = f"batches are smaller than before: step 9 is step {step} now\n" if now else ""
+    printed = f"batches are smaller, so epochs have more steps: the saved step 9 counts as step {step}\n" if now else ""
     assert capsys.readouterr().out == printed
 
 

@@ -26,6 +26,7 @@ from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
 __all__ = ["OGG_CODECS", "FileLayout", "Source", "Stream", "View", "find_streams", "foreign_format"]
 
+MAX_STREAMS = 5000  # per file; opening one takes about a millisecond
 MAX_TRAILING = 1 << 16  # bytes after the audio that are ignored, whatever they are
 Walker = Callable[[Source, int, FileLayout], int]
 WALKERS: dict[str, Walker] = {
@@ -55,6 +56,10 @@ def find_streams(source: Source) -> FileLayout:
         before = len(layout.streams)
         position = max(walk(source, position, layout), position + 1)
         if len(layout.streams) == before:
+            break
+        if len(layout.streams) > MAX_STREAMS:
+            del layout.streams[MAX_STREAMS:]
+            layout.unread.append(f"has more than {MAX_STREAMS} recordings one after another; split it")
             break
     if not layout.streams and not foreign_format(source) and source.read(0, 4) not in ARCHIVES:
         start = skip_tags(source, 0)
