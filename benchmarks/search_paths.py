@@ -60,6 +60,7 @@ class SearchPaths:
         if self.device.type == "cuda":
             paths["las_fast steps"] = lambda: self.run_las_fast("auto", capture=False)
             paths["las_fast graph"] = lambda: self.run_las_fast("auto", capture=True)
+            paths["las_fast graph bf16"] = lambda: self.run_las_fast("auto", "bf16", capture=True)
         elif backends.unavailable("beam_topk", "cpp") is None:
             paths["las_fast steps"] = lambda: self.run_las_fast("cpp", capture=False)
             paths["las_fast cpp"] = lambda: self.run_las_fast("cpp")

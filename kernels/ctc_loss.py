@@ -40,7 +40,7 @@ def _sum3(x, y, z):
     return top + tl.log(tl.exp(x - finite) + tl.exp(y - finite) + tl.exp(z - finite))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T", "S", "N"])
 def states_kernel(
     log_probs, lengths, tokens, token_lengths, sums, likelihoods, B, T, V, S, N, ALLOW_ADJACENT_EQUAL: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -76,6 +76,7 @@ def pretend_cuda():
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": lambda: stream,
         "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
         "make_graphed_callables": graphed,
         "max_memory_allocated": lambda: 2**30,
         "reset_peak_memory_stats": lambda: None,

@@ -19,7 +19,8 @@ import torch
 from pretend_cuda import pretend_cuda
 
 from benchmarks.device import __main__ as device
-from benchmarks.device import checks, edit_distance, kernels, machine, parts, record, timing
+from benchmarks.device import cases, checks, edit_distance, kernels, machine, parts, record, timing
+from benchmarks.device import record as record_module
 from benchmarks.device.parts import PARTS, Options, Part
 from benchmarks.device.record import FAIL, PASS, SKIPPED, Record, format_table
 from benchmarks.plain import Plain, Usual
@@ -100,7 +101,7 @@ def run_scripts(monkeypatch, tmp_path):
     def run_scripts(*scripts, seconds=30.0, limit="60"):
         monkeypatch.setattr(device, "PARTS", tuple(Part(str(i), seconds) for i in range(len(scripts))))
         monkeypatch.setattr(device, "GRACE", 0.5)
-        monkeypatch.setattr(device, "command_of", lambda name, options, seconds: scripts[int(name)])
+        monkeypatch.setattr(device, "command_of", lambda name, options, end: scripts[int(name)])
         arguments = ["--out", str(tmp_path / "out"), "--device", "cpu", "--limit", limit]
         monkeypatch.setattr(device, "parse", lambda argv, parse=device.parse: only_numbers(parse(argv), scripts))
         with pytest.raises(SystemExit) as ended:
@@ -174,7 +175,8 @@ def test_the_limit_covers_all_parts_together(run_scripts, tmp_path):
     recorded, _ = run_scripts(hangs, other, limit="2")
     stopped, left_out = recorded
     assert re.fullmatch(r"stopped at its limit of \d s", stopped["note"])
-    assert left_out["note"] == "not run: the time of --limit was used up"
+    assert left_out["status"] == SKIPPED
+    assert left_out["note"] == "not run: the time of --limit was used up; run it alone with --only"
 
 
 def test_an_exception_in_a_part_is_a_row(monkeypatch, tmp_path):
@@ -239,6 +241,25 @@ def test_an_attempt_that_fails_is_a_row_and_the_next_one_runs(rows, capsys):
     assert read()[0]["note"] == "ValueError: B must be 3" and "B must be 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("message", ["CUDA error: an illegal memory access", "device-side assert triggered"])
+def test_a_part_ends_with_an_error_after_which_the_device_cannot_be_used(rows, message, capsys):
+    record, read = rows
+    lost = pytest.raises(record_module.DeviceLost, match="cannot be used")
+    with lost, record.attempt("part"), record.attempt("first"):
+        raise RuntimeError(message)
+    with record.attempt("memory"):
+        raise RuntimeError("CUDA error: out of memory")
+    assert [(row["what"], row["status"]) for row in read()] == [("first", FAIL), ("memory", FAIL)]
+
+
+def test_the_time_to_start_a_part_counts(monkeypatch, tmp_path):
+    ends = []
+    monkeypatch.setattr(parts, "run_part", lambda name, options, end: ends.append(end))
+    options = Options(tmp_path, "cpu", True, "c", None)
+    parts.main(parts.command_of("checks", options, 1234.5)[2:])
+    assert ends == [1234.5]
+
+
 def test_a_measurement_that_needs_cuda_is_skipped_elsewhere(rows):
     record, read = rows
     with record.attempt("graph"):
@@ -247,7 +268,7 @@ def test_a_measurement_that_needs_cuda_is_skipped_elsewhere(rows):
 
 
 def test_items_left_out_for_lack_of_time_are_counted(tmp_path):
-    record = Record(tmp_path / "rows.csv", "part", commit="c", device="d", seconds=60)
+    record = Record(tmp_path / "rows.csv", "part", commit="c", device="d", end=time.monotonic() + 60)
     for item in record.while_time_remains([1, 2, 3], "numbers"):
         record.end = time.monotonic() + (0 if item == 1 else 60)
     (row,) = read_rows(tmp_path / "rows.csv")
@@ -310,11 +331,22 @@ def test_every_op_is_timed_on_every_backend_beside_its_bound(rows):
     attention, *_ = recorded = read()
     assert {row["what"].partition(",")[0] for row in recorded} == {
         "masked_attention", "beam_topk", "beam_gather", "ctc_loss", "ctc_token_times", "ctc_prefix", "beam_backtrack",
+        "ngram_scores",
     }  # fmt: skip
     paths = {row["path"] for row in recorded if row["what"].startswith("ctc_loss")}
     assert {"reference", kernels.TORCH_CTC} <= paths
     assert not [row for row in recorded if row["status"] == FAIL] and {row["value"] for row in recorded} == {"2.0"}
     assert float(attention["bound"]) == pytest.approx((2 * 2 * 3 * 8 + 2 * 2 * 20 * 8) * 4 / 100, rel=1e-3)
+
+
+def test_passed_tests_are_counted_while_tests_run(tmp_path, rows, monkeypatch):
+    record, read = rows
+    monkeypatch.setattr(cases, "NOTE_SECONDS", 0.0)
+    reporter = cases.Reporter(record)
+    for outcome in ("passed", "passed", "skipped"):
+        reporter.pytest_runtest_logreport(SimpleNamespace(failed=False, skipped=outcome == "skipped", when="call",
+                                                          outcome=outcome))  # fmt: skip
+    assert [row["value"] for row in read() if row["what"] == "tests that passed so far"] == ["0", "1", "2"]
 
 
 def test_a_failing_test_is_recorded_before_the_next_one_runs(tmp_path, rows):
@@ -342,7 +374,7 @@ def test_the_code_for_cuda_runs_on_a_pretended_device(part, tmp_path, monkeypatc
     }
     monkeypatch.setattr(checks, "CHECKS", few)
     with pretend_cuda():
-        parts.run_part(part, Options(tmp_path, "cuda", True, "c", None), 120.0)
+        parts.run_part(part, Options(tmp_path, "cuda", True, "c", None), time.monotonic() + 120)
     recorded = read_rows(tmp_path / parts.ROWS)
     assert recorded and not [row for row in recorded if row["status"] == SKIPPED or row["device"] != "a pretended GPU"]
     assert not [row for row in recorded if row["status"] == FAIL], recorded

@@ -91,13 +91,15 @@ def run_one(part: Part, options: Options, seconds_left: float, log: TextIO) -> N
     seconds, started = min(part.seconds * (QUICK_FACTOR if options.quick else 1), seconds_left), time.monotonic()
     record = Record(options.out / ROWS, part.name, commit=options.commit, device=options.device)
     if seconds < 2 * GRACE:
-        record.row("the part itself", status=FAIL, note="not run: the time of --limit was used up")
+        record.skip("the part itself", "not run: the time of --limit was used up; run it alone with --only")
         return
     print(f"== {part.name}, at most {seconds:.0f} s", flush=True)
     log.write(f"== {part.name}\n")
     log.flush()
     position = log.tell()
-    problem = run_limited([sys.executable, "-u", *command_of(part.name, options, seconds - GRACE)], seconds, log)
+    problem = run_limited(
+        [sys.executable, "-u", *command_of(part.name, options, started + seconds - GRACE)], seconds, log
+    )
     if problem:
         record.row("the part itself", status=FAIL, note=problem)
         log.flush()

@@ -68,7 +68,8 @@ def write_noise(root: Path) -> None:
 def settings(options: Options, folder: Path) -> Config:
     """Return settings with which the attention forms within EPOCHS."""
     config = load_config("an4")
-    cached = dataclasses.replace(config.data, cache=str(folder / "cache"))
+    # Workers, so that processes are forked and batches pinned while graphs are captured.
+    cached = dataclasses.replace(config.data, cache=str(folder / "cache"), workers=2)
     # The preset replaces words from epoch 40 on, which this training does not reach.
     config = dataclasses.replace(config, data=cached, augment=dataclasses.replace(config.augment, splice=0.0))
     if options.quick:

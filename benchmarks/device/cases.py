@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from las_fast.system import cores
 RUNG = "tests/gpu_proof/test_rung7_gpu.py"
 MAX_FAILURES = 40  # more would show nothing new
 MAX_WORKERS = 12
+NOTE_SECONDS = 15.0  # between two rows with the number of tests that passed so far
 
 
 def run(options: Options, record: Record) -> None:
@@ -35,8 +37,12 @@ class Reporter:
 
     def __init__(self, record: Record):
         self.record, self.counts = record, Counter()
+        self.noted_at = time.monotonic()
 
     def pytest_runtest_logreport(self, report) -> None:
+        if time.monotonic() - self.noted_at > NOTE_SECONDS:  # the part may be stopped before `finish`
+            self.noted_at = time.monotonic()
+            self.record.row("tests that passed so far", self.counts["passed"])
         if report.failed:
             self.fail(report)
         elif report.skipped or report.when == "call":

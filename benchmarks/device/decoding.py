@@ -34,6 +34,7 @@ SETTINGS = {
     "n-gram": {"ngram_weight": 0.1},
     "coverage": {"coverage_weight": 0.1},
     "CTC, beam 130": {"ctc_weight": 0.3, "beam": 130},
+    "CTC, beam 8, bf16": {"ctc_weight": 0.3, "precision": "bf16"},
 }
 
 

@@ -27,9 +27,12 @@ from las_fast.ops import (
     ctc_start,
     ctc_token_times,
     masked_attention,
+    ngram_scores,
+    ngram_start,
     padding_mask,
+    table_model,
 )
-from las_fast.text import BLANK, EOS
+from las_fast.text import BLANK, EOS, SOS
 
 SDPA = "torch sdpa"  # scaled_dot_product_attention
 TORCH_CTC = "torch ctc_loss"  # with the lengths on the host; with those on the device, as the reference, the host waits
@@ -83,6 +86,7 @@ def measurements(device: str) -> Iterator[Callable[[], Measurement]]:
     for B in (16, 64):
         yield lambda B=B: gather(B, 8, device)
         yield lambda B=B: ctc_prefixes(B, 8, 400, 31, device)
+        yield lambda B=B: language_model(B, 8, device)
     yield lambda: backtrack(200, 64, 8, device)
     for B, T in ((16, 400), (64, 400), (1, 1600), (64, 1600), (1, 400), (16, 100)):
         yield lambda B=B, T=T: attention(B, T, half, device)
@@ -97,6 +101,7 @@ def small_measurements(device: str) -> Iterator[Callable[[], Measurement]]:
     yield lambda: ctc(2, 20, 9, 5, device)
     yield lambda: ctc_times(2, 20, 9, 5, device)
     yield lambda: ctc_prefixes(2, 3, 7, 5, device)
+    yield lambda: language_model(2, 3, device)
     yield lambda: backtrack(5, 2, 3, device)
 
 
@@ -159,6 +164,19 @@ def ctc_prefixes(B: int, K: int, T: int, V: int, device: str) -> Measurement:
 
     moved = byte_count(ctc_log_probs) + 2 * byte_count(*state)
     return Measurement("ctc_prefix", f"B{B} K{K} T{T} V{V}", torch.float32, run, moved)
+
+
+def language_model(B: int, K: int, device: str, V: int = 31) -> Measurement:
+    """One step of a table of bigrams."""
+    model = table_model(torch.log_softmax(torch.randn(V, V), -1), SOS).to(device)
+    states = ngram_start(model, B, K).states
+    parents = torch.arange(K, device=device).repeat(B, 1)
+    tokens = torch.randint(3, V, (B, K), device=device)
+
+    def run(backend: str) -> tuple:
+        return ngram_scores(model, states, parents=parents, tokens=tokens, backend=backend)
+
+    return Measurement("ngram_scores", f"B{B} K{K} V{V}", torch.float32, run, 4 * B * K * V)
 
 
 def ctc(B: int, T: int, V: int, S: int, device: str) -> Measurement:

@@ -27,6 +27,10 @@ class NeedsCuda(Exception):
     """Raised by a measurement that exists on CUDA only."""
 
 
+class DeviceLost(Exception):
+    """An error after which this process cannot use the device."""
+
+
 class Record:
     """Writes the rows of one part.
 
@@ -35,13 +39,13 @@ class Record:
         part:    name of the part.
         commit:  of the code.
         device:  name of the device.
-        seconds: until the part has to end.
+        end:     time.monotonic() at which the part has to end.
     """
 
-    def __init__(self, path: Path, part: str, *, commit: str, device: str, seconds: float = math.inf):
+    def __init__(self, path: Path, part: str, *, commit: str, device: str, end: float = math.inf):
         self.path, self.part = path, part
         self.context = (datetime.date.today().isoformat(), commit, device, torch.__version__)
-        self.end = time.monotonic() + seconds
+        self.end = end
 
     def seconds_left(self) -> float:
         return self.end - time.monotonic()
@@ -73,14 +77,20 @@ class Record:
 
     @contextlib.contextmanager
     def attempt(self, what: str, **labels: str) -> Iterator[None]:
-        """If the block fails, append a FAIL row instead of raising."""
+        """If the block fails, append a FAIL row instead of raising; after an illegal access, raise DeviceLost too."""
         try:
             yield
         except NeedsCuda:
             self.skip(what, NEEDS_CUDA, **labels)
+        except DeviceLost:
+            raise
         except Exception as error:
             traceback.print_exc()
             self.row(what, status=FAIL, note=reason_of(error), **labels)
+            if is_device_lost(error):
+                raise DeviceLost(
+                    "the rest of the part was left out: the device cannot be used after this error"
+                ) from None
 
     def while_time_remains(self, items: Sequence, what: str) -> Iterator:
         """Yield items until the part must end; record how many were left out."""
@@ -102,6 +112,12 @@ def require_cuda(device: str) -> None:
 
 def rounded(value: float | str) -> float | str:
     return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Return whether an error of CUDA makes every later call in this process fail."""
+    text = str(error)
+    return "device-side assert" in text or ("CUDA error" in text and "out of memory" not in text)
 
 
 def reason_of(error: BaseException) -> str:

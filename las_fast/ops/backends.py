@@ -182,8 +182,12 @@ def register(
     def launch(*arguments):
         launcher = getattr(importlib.import_module(f"las_fast.kernels.{module or name}"), name)
         device = _device_of(arguments)
-        # Triton launches on the current device, which may not be that of the tensors.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        # Triton launches on the current device, which may not be that of the tensors. Under autocast, torch ops of the
+        # launcher would be in another precision than those that are tested.
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
+            torch.autocast(device.type, enabled=False),
+        ):
             return launcher(*arguments)
 
     names = []

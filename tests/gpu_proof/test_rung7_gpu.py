@@ -1,5 +1,6 @@
 """Rung 7 on a GPU if there is one: every case, whole searches by steps and as CUDA graphs, and the training path."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,17 @@ from las_fast.search.beam import beam_search
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def working_device():
+    """End a process whose device cannot be used after an error; pytest-xdist starts another for the other tests."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
