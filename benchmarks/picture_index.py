@@ -10,7 +10,8 @@ OTHERS = {
     "attention-an4.png": (
         "Attention of `an4` over its training, on one dev utterance: nothing, the diagonal prior, the first alignment, "
         "and the released model.",
-        "`python -m benchmarks.attention RUN@1 RUN@5 RUN@50 an4 --data AN4 --utterance 1 --out FILE`",
+        "`python -m benchmarks.attention RUN@1 RUN@5 RUN@50 an4 --data AN4 --utterance 1 --out FILE`, where RUN is a "
+        "training with `--training.validate-every 1`",
     ),
     "attention-english.png": (
         "Attention of the released `english` on a dev utterance, below its spectrogram.",

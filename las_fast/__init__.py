@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word
     from las_fast.recogniser import Recogniser, load
 
-__version__ = "0.4.0"
+__version__ = "0.5.0.dev0"
 __all__ = [
     "LAS",
     "Hypothesis",
