@@ -347,9 +347,9 @@ def test_a_missing_onnx_package_is_named(tmp_path, monkeypatch):
         run_export(make_checkpoint(tmp_path), tmp_path / "a.onnx", "--format", "onnx")
 
 
-def test_settings_that_do_not_fit_the_model_are_refused(tmp_path):
+def test_the_command_refuses_settings_that_onnx_does_not_keep(tmp_path):
     path = make_checkpoint(tmp_path)
-    with pytest.raises(InputError, match="decoding.ctc_weight needs a model with a CTC head"):
+    with pytest.raises(InputError, match="ONNX does not keep --decoding.ctc-weight; of these settings, give only"):
         run_export(path, tmp_path / "a.onnx", "--format", "onnx", "--decoding.ctc-weight", "0.5")
     assert list(tmp_path.iterdir()) == [path]
 
