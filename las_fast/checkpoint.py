@@ -193,7 +193,7 @@ def _info(text: str, path: Path) -> dict:
 def load_weights(model: LAS, weights: dict, path: str | Path, advice: str = "") -> None:
     """Copy a state_dict into the model; raise InputError that names the first tensor that does not fit.
 
-    advice: what to do then (default: copy the file again).
+    advice: what to do then (default: the file is damaged or of another version).
     """
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
@@ -201,7 +201,7 @@ def load_weights(model: LAS, weights: dict, path: str | Path, advice: str = "") 
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"{path} does not fit the settings: {name} should be {shapes[0]}, but the file has {shapes[1]}; "
-                f"{advice or 'copy the file again'}"
+                f"{advice or 'it is damaged or of another version'}"
             )
     model.load_state_dict(weights)
 

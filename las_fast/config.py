@@ -219,7 +219,8 @@ class TrainingConfig:
     final_share: float = number(0.02, at_most=1)
     # epochs after which the cosine starts again, warm-up included (warm restarts)
     restarts: tuple[int, ...] = number((), at_least=1)
-    plateau_patience: int = 4  # validations without a better dev CER that do not lower the learning rate yet
+    # validations in a row without a better dev CER that are tolerated; the next one lowers the learning rate
+    plateau_patience: int = 4
     plateau_factor: float = number(0.5, above=0, at_most=1)  # factor on the learning rate at each lowering
     clip_norm: float = number(5.0, above=0)  # maximum norm of the gradient
     label_smoothing: float = number(0.1, below=1)  # share of the target probability spread over all tokens

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, replace
@@ -105,7 +106,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
     if options.nbest > 1 and not options.jsonl:
-        raise InputError(f"--nbest {options.nbest} has no effect without --jsonl, which holds the hypotheses; add it")
+        raise InputError(f"--nbest {options.nbest} needs --jsonl FILE, where the hypotheses are written")
     if options.jsonl and os.path.realpath(options.jsonl) == os.path.realpath(options.out):
         raise InputError(f"--out and --jsonl are both {options.out}; give two different files")
     inputs = (options.data, options.checkpoint, options.lm)
@@ -125,7 +126,7 @@ def is_submission(path: Path) -> bool:
 def is_jsonl(path: Path) -> bool:
     """Return whether a file looks like the JSON lines of this command, from its first line."""
     line = first_line(path)
-    return line.startswith('{"id": ') and '"text": ' in line and '"score": ' in line
+    return re.match(r'\{"id": ("(?:[^"\\]|\\.)*"), "text": "', line) is not None
 
 
 def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig) -> None:

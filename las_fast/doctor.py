@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from las_fast import __version__
 from las_fast.errors import show
-from las_fast.system import compiler, cores, cpu_quota, missing_for_build
+from las_fast.system import allowed_cores, compiler, cpu_quota, missing_for_build
 
 PACKAGE = Path(__file__).resolve().parent
 MIN_FREE = 2**30  # bytes of disk or memory; with less there is advice
@@ -251,10 +251,10 @@ def cpu_flags() -> set[str]:
 def check_threads() -> Finding:
     import torch
 
-    available, threads, quota = cores(), torch.get_num_threads(), cpu_quota()
+    available, threads, quota = allowed_cores(), torch.get_num_threads(), cpu_quota()
     state = f"{threads} for {available} cores"
     if quota and quota < threads:
-        advice = f"set OMP_NUM_THREADS={max(1, math.floor(quota))}, or raise the limit"
+        advice = f"set OMP_NUM_THREADS={math.ceil(quota)}, or raise the limit"
         return Finding(f"{state}, but the container may use only {quota:g} cores", advice)
     if threads < available and os.environ.get("OMP_NUM_THREADS"):
         return Finding(f"{state}, because OMP_NUM_THREADS is set", "unset OMP_NUM_THREADS to use all cores")

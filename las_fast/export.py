@@ -122,8 +122,10 @@ def check_onnx_settings(before: DecodingConfig, after: DecodingConfig) -> None:
     kept = ("maximum_share", "maximum_extra")
     for name, value in vars(after).items():
         if value != getattr(before, name) and name not in kept:
-            option, *options = (f"--decoding.{n.replace('_', '-')}" for n in (name, *kept))
-            raise InputError(f"ONNX does not keep {option}; of these settings, give only {' and '.join(options)}")
+            option = f"--decoding.{name.replace('_', '-')}"
+            raise InputError(
+                f"ONNX does not keep {option}, only --decoding.maximum-share and --decoding.maximum-extra; leave it out"
+            )
 
 
 def onnx_paths(out: Path) -> dict[str, Path]:

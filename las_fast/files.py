@@ -143,8 +143,8 @@ def lock_folder(path: Path, what: str) -> Iterator[None]:
     make_folder(path, "--out")
     try:
         file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise InputError(f"--out: {path / LOCK} cannot be opened ({error.strerror}); choose another folder") from None
+    except OSError:  # such as a file of another user
+        file = os.open(path, os.O_RDONLY)
     try:
         if try_lock(file) is False:
             raise InputError(f"another {what} is writing into {path}; wait for it or choose another --out")
@@ -285,10 +285,11 @@ def _temporary_file(path: Path) -> Iterator[Path]:
     lock, number = None, 0
     while lock is None:
         number += 1
-        folder = _temporary(path, number)
+        folder, is_new = _temporary(path, number), False
         with contextlib.suppress(FileExistsError):
             folder.mkdir(0o700)
-        lock = _lock(folder)
+            is_new = True
+        lock = _lock(folder, is_new=is_new)
     try:
         yield folder / path.name
     finally:
@@ -304,10 +305,11 @@ def _temporary(path: Path, number: int) -> Path:
     return path.with_name(name)
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path, *, is_new: bool) -> int | None:
     """Lock a folder; return its descriptor, or None if another writer has locked or removed it or it is not ours.
 
-    A folder of another user may hold links to files of this one.
+    Another user could have put links to our files into an older folder. A new one is ours whatever its owner, which
+    some file systems map.
     """
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -315,7 +317,7 @@ def _lock(folder: Path) -> int | None:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM):
             return None
         raise
-    is_ours = os.fstat(lock).st_uid == os.geteuid()
+    is_ours = is_new or os.fstat(lock).st_uid == os.geteuid()
     if is_ours and try_lock(lock) is not False and _same_file(folder, lock):  # not removed before it was locked
         return lock
     os.close(lock)

@@ -7,7 +7,6 @@ prints one sentence after "error: " that names the nearest valid argument, if on
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -36,31 +35,8 @@ SYNONYMS = {
     "save-dir": "--out", "gpu": "--device",
 }  # fmt: skip
 NEAR = 0.65  # difflib ratio from which a name is suggested for an unknown one
+NEGATIVE = re.compile(r"-(inf|(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)$", re.IGNORECASE)
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "True or False"}
-
-
-def _with_negative_numbers(words: Iterable[str]) -> Iterator[str]:
-    """Join an option and a value such as -inf or -1e3 with "=", because argparse takes it for an option."""
-    option = None
-    for word in words:
-        if option and word.startswith("-") and _is_number(word):
-            yield f"{option}={word}"
-            option = None
-            continue
-        if option:
-            yield option
-        option = word if word.startswith("--") and "=" not in word else None
-        if not option:
-            yield word
-    if option:
-        yield option
-
-
-def _is_number(word: str) -> bool:
-    with contextlib.suppress(ValueError):
-        float(word)
-        return True
-    return False
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,11 +46,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
         self.fields: tuple[str, ...] = ()
         self.user_set: set[str] = set()  # settings on the command line, such as "training.epochs"
+        self._negative_number_matcher = NEGATIVE  # of argparse, which takes -inf and -1e3 for options
         self._words: list[str] = []
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         self._words = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(list(_with_negative_numbers(self._words)), namespace)
+        return super().parse_known_args(self._words, namespace)
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         options, rest = self.parse_known_args(args, namespace)

@@ -25,10 +25,18 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 TRAINING_MMAP_BYTES, DECODING_MMAP_BYTES = 2**25, 2**20  # blocks of this size or more are unmapped when freed
 
 
+OUT_OF_MEMORY = "perhaps out of memory"  # of a process that was killed
+
+
 def cores() -> int:
     """Return the number of CPU cores that this process may use; a container's limit is rounded up."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = allowed_cores()
     return min(available, math.ceil(cpu_quota() or available))
+
+
+def allowed_cores() -> int:
+    """Return the number of CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
@@ -46,8 +54,8 @@ def exit_reason(code: int) -> str:
     """Return how a process ended, from its exit status or, as in subprocess, minus the number of a signal."""
     if code >= 0:
         return f"exit status {code}"
-    name = signal.Signals(-code).name
-    return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
+    name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
+    return f"{name}, {OUT_OF_MEMORY}" if name == "SIGKILL" else name
 
 
 def compiler() -> str:

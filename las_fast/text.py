@@ -101,10 +101,11 @@ def training_remedy(unknown: list[str]) -> str:
 def to_case(text: str, characters: str) -> str:
     """Convert letters to the case of a vocabulary's characters, unless it has both.
 
-    Letters without a capital of their own, such as ß, which becomes SS, do not make a vocabulary one of both cases.
+    Letters without a capital of their own, such as ß, which becomes SS, and º do not make a vocabulary one of both
+    cases.
     """
     small = {c for c in characters if c.islower()}
-    if all(len(c.upper()) > 1 for c in small):
+    if all(len(c.upper()) > 1 or c.upper() == c for c in small):
         return "".join(c if c in small else c.upper() for c in text) if small else text.upper()
     return text.lower() if characters == characters.lower() else text
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import las_fast
+from las_fast import transcribe
 from las_fast.checkpoint import (
     build_model,
     default_model,
@@ -274,3 +275,24 @@ def test_a_model_is_named_after_its_file_or_its_run_folder(saved, tmp_path, monk
     shutil.copy(saved[1], tmp_path / "mine" / file)
     monkeypatch.chdir(tmp_path / "mine")
     assert load_model(file).name == name and f"Recogniser {name} on" in repr(las_fast.load(file, device="cpu"))
+
+
+@pytest.mark.parametrize("tensors", [{"mean": torch.zeros(28)}, {"mean": torch.zeros(27), "std": torch.ones(27)}])
+def test_statistics_that_are_incomplete_or_of_another_size_are_refused(tmp_path, tensors):
+    path = tmp_path / "x.safetensors"
+    config = Config(features=FeatureConfig(size=28))
+    save_model(path, build_model(config).state_dict(), config, None, {})
+    with safe_open(path, "pt") as file:
+        whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    save_file(whole | {f"statistics.{name}": value for name, value in tensors.items()}, path, metadata)
+    with pytest.raises(InputError, match="is damaged: it has no mean and deviation of its 28 features"):
+        load_model(path)
+
+
+def test_an_empty_name_is_no_checkpoint(tmp_path):
+    recording = tmp_path / "x.wav"
+    recording.touch()
+    for load in (load_model, lambda name: transcribe.main([str(recording), "--checkpoint", name])):
+        with pytest.raises(InputError, match="the name of the checkpoint is empty"):
+            load("")

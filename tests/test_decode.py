@@ -336,7 +336,7 @@ def test_a_corrupt_checkpoint_is_an_error(workspace, capsys):
     ("argv", "message"),
     [
         (["--split", "dev-other"], "no split 'dev-other'; it has"),
-        (["--nbest", "9"], "--nbest 9 has no effect without --jsonl, which holds the hypotheses; add it"),
+        (["--nbest", "9"], "--nbest 9 needs --jsonl FILE, where the hypotheses are written"),
         (["--nbest", "9", "--beam", "2", "--jsonl", "r.jsonl"], "--nbest 9 needs a beam of at least 9; give --beam 9"),
         (["--decoding.beam", "4", "--beam", "8"], "--beam 8 and --decoding.beam 4 disagree; give one of them"),
         (["--beam-threshold", "-1"], "--beam-threshold must be a finite number of at least 0; got -1"),

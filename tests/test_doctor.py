@@ -282,14 +282,14 @@ def test_the_quota_of_a_container_is_read(tmp_path):
     ("threads", "quota", "variable", "advice"),
     [
         (4, None, None, ""),
-        (4, 1.5, None, "set OMP_NUM_THREADS=1, or raise the limit"),
+        (4, 1.5, None, "set OMP_NUM_THREADS=2, or raise the limit"),
         (4, 8.0, None, ""),
         (1, None, "1", "unset OMP_NUM_THREADS to use all cores"),
         (2, None, None, ""),
     ],
 )
 def test_threads_fit_the_cores(monkeypatch, threads, quota, variable, advice):
-    monkeypatch.setattr(doctor, "cores", lambda: 4)
+    monkeypatch.setattr(doctor, "allowed_cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(doctor, "cpu_quota", lambda: quota)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

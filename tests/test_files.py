@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from las_fast.files import (
     expand,
     first_line,
     is_utf8,
+    lock_folder,
     make_folder,
     may_be_file_name,
     nearest_path_hint,
@@ -561,17 +561,24 @@ def test_a_temporary_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
     folder.mkdir()
     victim.write_text("mine")
     (folder / "file").symlink_to(victim)
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    monkeypatch.setattr(os, "fstat", partial(fstat_of_new_folders, folder))
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)  # as where owners are mapped: new folders are ours
     write_atomically(tmp_path / "file", write_text)
     assert victim.read_text() == "mine" and not (tmp_path / "file").is_symlink() and folder.is_dir()
+    assert sorted(os.listdir(tmp_path)) == [".file.1.partial", "file", "victim"]
 
 
-def fstat_of_new_folders(others, descriptor, fstat=os.fstat):
-    """Let every file but those of `others` belong to the next user."""
-    status = fstat(descriptor)
-    is_other = status.st_ino == others.stat().st_ino
-    return os.stat_result((*status[:4], status.st_uid + (not is_other), *status[5:]))
+def test_a_folder_whose_lock_file_is_of_another_user_can_be_locked(tmp_path, monkeypatch):
+    opened = os.open
+
+    def refuse_the_file(path, *options):
+        if Path(path).name == ".lock":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *options)
+
+    monkeypatch.setattr(os, "open", refuse_the_file)
+    refused = pytest.raises(InputError, match="another training is writing into")
+    with lock_folder(tmp_path, "training"), refused, lock_folder(tmp_path, "training"):
+        pass
 
 
 def test_an_interrupted_write_leaves_no_files(tmp_path):

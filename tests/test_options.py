@@ -343,7 +343,11 @@ def test_every_synonym_leads_to_an_option():
 def test_a_negative_number_is_a_value(value):
     parser = Parser()
     parser.add_argument("--limit", type=float)
+    parser.add_argument("--values", type=float, nargs="+")
+    parser.add_argument("file", nargs="?")
     assert parser.parse_args(["--limit", value]).limit == float(value)
+    assert parser.parse_args(["--values", value, "0", value]).values == [float(value), 0, float(value)]
+    assert parser.parse_args(["--limit", "1", "--", value]).file == value
 
 
 def test_a_list_may_begin_after_an_equals_sign(capsys):

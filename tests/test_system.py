@@ -52,11 +52,28 @@ def test_mallopt_is_called_only_if_the_c_library_has_it(monkeypatch, platform, l
 def test_cores_are_those_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0: {2, 5, 7}}[pid], raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(system, "cpu_quota", lambda: None)
     assert system.cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     assert system.cores() == 16
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert system.cores() == 1
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(None, 4), (0.5, 1), (1.5, 2), (2.0, 2), (8.0, 4)])
+def test_a_containers_limit_counts_as_cores(monkeypatch, quota, cores):
+    monkeypatch.setattr(system, "allowed_cores", lambda: 4)
+    monkeypatch.setattr(system, "cpu_quota", lambda: quota)
+    assert system.cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(3, "exit status 3"), (0, "exit status 0"), (-9, "SIGKILL, perhaps out of memory"), (-11, "SIGSEGV"),
+     (-40, "signal 40")],
+)  # fmt: skip
+def test_the_end_of_a_process_is_explained(code, reason):
+    assert system.exit_reason(code) == reason
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_normalising_maps_case_accents_quotes_and_the_rest():
     assert normalise_text("  Caf\u00e9\u2014it\u2019s 5 o'clock! ") == "CAFE IT'S O'CLOCK"
     assert normalise_text("ABC d", "abcd ") == "abc d"
     assert normalise_text("stra\u00dfe", "AERST\u00df") == "STRA\u00dfE"  # its capital is SS
+    assert normalise_text("hola 1\u00ba", "AHLO\u00ba ") == "HOLA \u00ba"  # it has none
     assert normalise_text("AB, cd-", "abcd") == "abcd"  # the vocabulary has no space
 
 

@@ -20,6 +20,9 @@ COLUMNS = ("date", "commit", "device", "torch", "part", "what", "shape", "dtype"
 QUANTITY = ("what", "shape", "dtype", "unit", "status")  # rows with equal values here share a line of the table
 MEASURED, PASS, FAIL, SKIPPED = "measured", "PASS", "FAIL", "skipped"  # the statuses of a row
 NEEDS_CUDA = "needs CUDA"
+# Errors of CUDA after which every later call in the process fails, in any library's words.
+STICKY = ("illegal memory access", "illegal address", "misaligned address", "illegal instruction",
+          "unspecified launch failure", "device-side assert")  # fmt: skip
 MARGIN = 6.0  # a part starts no new item in its last seconds
 
 
@@ -116,8 +119,7 @@ def rounded(value: float | str) -> float | str:
 
 def is_device_lost(error: BaseException) -> bool:
     """Return whether an error of CUDA makes every later call in this process fail."""
-    text = str(error)
-    return "device-side assert" in text or ("CUDA error" in text and "out of memory" not in text)
+    return any(fault in str(error).lower() for fault in STICKY)
 
 
 def reason_of(error: BaseException) -> str:

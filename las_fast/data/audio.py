@@ -191,7 +191,7 @@ class Recording:
             self._quality.lowest_rate = min(rate, self._quality.lowest_rate)
 
     def _integer_bits(self, source: Source, sound: Sound, number: int) -> int:
-        """Return unscaled_integer_bits of stream `number`; those of the last file are kept for its other parts."""
+        """Return unscaled_integer_bits of stream `number`; those of the last stream are kept for its other parts."""
         key = (*file_identity(os.fstat(source.descriptor)), number)
         bits = _integer_bits.get(key)
         if bits is None:
@@ -276,7 +276,7 @@ class Recording:
             self.warnings += [f"{self.name} {warning}" for warning in self._quality.warnings()]
 
 
-_integer_bits: dict[tuple, int] = {}  # file identity and stream number -> bits, for one file
+_integer_bits: dict[tuple, int] = {}  # file identity and stream number -> bits, for one stream
 _layouts: dict[tuple, FileLayout] = {}  # file identity -> layout, for the last files of which parts were read
 
 
@@ -287,6 +287,7 @@ def _cached_layout(source: Source) -> FileLayout:
     if layout is None:
         layout = find_streams(source)
         while len(_layouts) >= MAX_LAYOUTS:
-            _layouts.pop(next(iter(_layouts)), None)  # perhaps by another thread
+            for oldest in [*_layouts][:1]:
+                _layouts.pop(oldest, None)  # another thread may have removed it
         _layouts[key] = layout
     return layout

@@ -201,7 +201,7 @@ def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfi
 
 
 def _stamp(path: Path, real_folder: Callable[[str], str]) -> list:
-    """Return the path, size and mtime of a file; the path has no links to folders, which may get another target."""
+    """Return the path, size and mtime of a file. Links to folders are resolved, because their targets may change."""
     folder, name = os.path.split(path)
     full = os.path.join(real_folder(folder), name)
     try:

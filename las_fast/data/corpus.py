@@ -116,8 +116,8 @@ def role_of(split: str) -> str | None:
     """Return the role (train, dev, test) that a split's name indicates, or None."""
     plain = _plain(split)
     first, *others = (_role_named(word) for word in re.split(r"[-\d]", plain))
-    if plain.startswith("train"):  # ESPnet's train-dev is a dev set
-        return next((role for role in reversed(others) if role), "train")
+    if plain.startswith("train"):  # but ESPnet's train-dev is a dev set
+        return others[0] if len(others) == 1 and others[0] else "train"
     return first
 
 

@@ -66,10 +66,15 @@ def _lines(table: Table) -> list[Entry]:
     folder = path.parent / CLIPS_FOLDER if is_common_voice(path) else path.parent
     entries = [_entry(table, folder, line, row) for line, row in rows]
     _check_transcripts(path, rows, entries)
+    _check_splits(path, rows, entries)
     if path.stem == "metadata" and all(entry.split is None for entry in entries):  # an audio folder
         splits = [_split_above(entry.utterance.path, path.parent) for entry in entries]
-        entries = [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)]
-    _check_splits(path, rows, entries)
+        if None not in splits:
+            return [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)]
+        if {role_of(split) for split in splits if split} >= {"train", "test"}:
+            line, _ = rows[splits.index(None)]
+            raise InputError(f"{path} line {line} is in none of the folders train, dev and test, unlike other lines; "
+                             "move the recording, or add a column 'split'")  # fmt: skip
     return entries
 
 
@@ -83,8 +88,8 @@ def _check_transcripts(path: Path, rows: list[tuple[int, dict]], entries: list[E
         before, transcript = first.setdefault(u.path, (line, str(u.transcript)))
         if transcript != u.transcript:
             raise InputError(
-                f"{path} lines {before} and {line} give different transcripts of all of {u.path}; keep one, or give "
-                "the parts of the recording in columns 'start' and 'end'"
+                f"{path} lines {before} and {line} have different transcripts of the same recording, {u.path}; remove "
+                "one, give them ids, or give the parts of the recording in columns 'start' and 'end'"
             )
 
 

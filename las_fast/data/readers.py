@@ -25,7 +25,7 @@ from las_fast.data.corpus import Utterance
 from las_fast.data.hw4p2 import read_transcript
 from las_fast.data.npy import LOAD_ERRORS, load_problem
 from las_fast.errors import InputError
-from las_fast.system import exit_reason
+from las_fast.system import OUT_OF_MEMORY, exit_reason
 
 CHUNK_SIZE = 16  # utterances per unit of work
 MAX_RESULT_BYTES = 8 << 20  # bytes of frames that a worker sends at once; a larger utterance is sent alone
@@ -85,7 +85,9 @@ def read_utterances(
             while missing:
                 result = queues[i % workers].get()
                 if isinstance(result, str):
-                    advice = "free some memory and run again" if "memory" in result else "its error is above"
+                    advice = "its error is above, or remove that recording"
+                    if OUT_OF_MEMORY in result or "MemoryError" in result:
+                        advice = "free some memory and run again, or remove that recording"
                     raise InputError(
                         f"a process that reads recordings ended early ({result}) near {chunk[-missing].path}; {advice}"
                     )
@@ -101,10 +103,9 @@ def read_utterances(
 
 
 def _start_worker(task: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    package_root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([package_root, environment["PYTHONPATH"]])
-    # -P: a file in the current folder must not replace a module.
+    # Without the current folder, also by -P: a file in it must not replace a module.
+    folders = [str(Path(__file__).resolve().parents[2]), *(path for path in sys.path if path not in ("", os.getcwd()))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", "from las_fast.data.readers import run_worker; run_worker()", str(task)]
     # In a new session an interrupt reaches only the parent, which ends the workers without tracebacks from each.
     try:

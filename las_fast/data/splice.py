@@ -57,7 +57,7 @@ class WordTable:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 if str(arrays["data"]) == data:
                     return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-        except OSError:  # explained by the command; the file may be good
+        except (OSError, MemoryError):  # explained by the command; the file may be good
             raise
         except (*LOAD_ERRORS, KeyError, AttributeError):
             raise InputError(f"{path} is damaged; delete it, and the words will be aligned again") from None

@@ -85,10 +85,9 @@ class ObserveRequests:
 
         try:
             await self.app(scope, receive, watch)
-        except ClientDisconnect:
-            raise
-        except Exception:  # Starlette answers 500, outside of this middleware, unless a stream has begun
-            status, is_complete = 500, True
+        except Exception as error:  # Starlette answers 500, outside of this middleware, unless a stream has begun
+            if not isinstance(error.__cause__, ClientDisconnect):
+                status, is_complete = 500, True
             raise
         finally:
             self._observe(scope, status if is_complete else ABORTED, time.monotonic() - began)

@@ -101,7 +101,7 @@ async def _stream(request: Request, max_bytes: int) -> AsyncGenerator[bytes, Non
 
 
 def _too_large(max_bytes: int) -> ApiError:
-    limit = f"{max_bytes / MEGABYTE:.3g} MB"
+    limit = f"{round(max_bytes / MEGABYTE, 4):g} MB"
     message = f"the file must have at most {limit}; send a shorter one, or compress it as flac, ogg or mp3"
     return ApiError(413, message, param="file", code="file_too_large")
 

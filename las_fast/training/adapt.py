@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from collections.abc import Collection, Sequence
@@ -223,15 +224,16 @@ def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
 def inherit_lm(init: Loaded, config: Config, out: Path) -> None:
     """Copy the language model of the initial checkpoint next to the new checkpoints, if the settings use one.
 
-    A language model that is there already is kept.
+    Raises:
+        InputError: another one is there.
     """
     lm = lm_path_for(init.path)
     if not config.decoding.ngram_weight or not lm.is_file():
         return
+    names = (BEST, *([AVERAGED] if config.training.ema_decay else []))
     own = lm_path_for(out / BEST)
-    source, what = (own, "the one in the folder") if own.is_file() else (lm, f"that of {init.path.stem}")
-    for name in (BEST, *([AVERAGED] if config.training.ema_decay else [])):
-        target = lm_path_for(out / name)
-        if not target.is_file():
-            write_atomically(target, lambda path: shutil.copyfile(source, path))
-    print(f"language model: {what}, {own}")
+    if own.is_file() and not filecmp.cmp(own, lm, shallow=False):
+        raise InputError(f"{own} is not the language model of {init.path}; move it away, and back after the training")
+    for name in names:
+        write_atomically(lm_path_for(out / name), lambda path: shutil.copyfile(lm, path))
+    print(f"language model: that of {init.path.stem}, copied to {own}")

@@ -25,8 +25,7 @@ RENAMED = {"heard": "audio_gain"}  # keys of `monitor` in logs of earlier versio
 class RunLog:
     """Writes rows to log.jsonl, TensorBoard and, if enabled, Weights & Biases.
 
-    On resume, rows of log.jsonl and TensorBoard after `step` are dropped, and those of log.jsonl after `epoch`: if
-    batches are smaller now, `step` is larger than the saved one.
+    On resume, rows after `step` or after `epoch` are dropped; TensorBoard knows only `step`.
     """
 
     def __init__(self, out: Path, config: Config, step: int, epoch: float = math.inf):

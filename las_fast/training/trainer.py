@@ -63,6 +63,7 @@ class Trainer(Learner):
         self.vocabulary = Vocabulary(config.data.characters)
         self.steps = self.curriculum.steps
         self.saved_step: int | None = None  # step in last.pt
+        self.saved_epoch = math.inf  # of that step when it was saved, if batches are smaller now
         self.earlier_core_seconds = 0.0  # CPU time of this training before it was resumed
         self.splice: Splice | None = None  # from epoch augment.splice_epoch on
         self.stop = StopSignals()
@@ -87,7 +88,7 @@ class Trainer(Learner):
             Stopped: a signal asked to stop.
             InputError: memory or disk ran out, or the training has diverged.
         """
-        self.log = RunLog(self.out, self.config, self.progress.step, self.epoch)
+        self.log = RunLog(self.out, self.config, self.progress.step, self.saved_epoch)
         with self.stop.catch(), self._progress_bar() as bar:
             problem = self._train(bar)
             saved = self._rescue(problem)
@@ -417,5 +418,6 @@ class Trainer(Learner):
             before.batches_of(epoch)
         )
         print(f"batches are smaller, so epochs have more steps: the saved step {progress.step} counts as step {step}")
+        self.saved_epoch = epoch + batch / len(before.batches_of(epoch))
         progress.validated = step if progress.validated == progress.step else 0
         progress.step = self.saved_step = step

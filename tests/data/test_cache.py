@@ -549,7 +549,7 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(corpus, folder, monkeypatch):
         return start([command[0], "-c", "raise SystemExit(3)"], **options)
 
     monkeypatch.setattr(readers.subprocess, "Popen", start_failing)
-    with pytest.raises(InputError, match=r"ended early \(exit status 3.*its error is above"):
+    with pytest.raises(InputError, match=r"ended early \(exit status 3.*its error is above, or remove"):
         build_entry(corpus, folder, workers=2)
     assert entries(folder) == []
 
@@ -578,6 +578,7 @@ def test_workers_do_not_import_from_the_current_folder(corpus, folder, tmp_path,
     monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
     (tmp_path / "queue.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as python -m does
     assert build_entry(corpus, folder, workers=2).ids
 
 

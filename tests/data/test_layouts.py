@@ -483,6 +483,7 @@ def test_roles_without_a_split_are_left_out():
     assert assign_roles(("testing", "test-a")) == {"test": ("testing",)}
     espnet = ("train_nodev", "train_dev", "test")
     assert assign_roles(espnet) == {"train": ("train_nodev",), "dev": ("train_dev",), "test": ("test",)}
+    assert assign_roles(("train_no_dev", "train_dev_5h")) == {"train": ("train_no_dev", "train_dev_5h")}
     assert assign_roles(("train_clean_100", "trainset")) == {"train": ("train_clean_100", "trainset")}
 
 
@@ -910,15 +911,16 @@ def test_a_line_without_a_split_beside_lines_with_one_is_refused(tmp_path):
 
 def test_a_recording_beside_the_split_folders_of_an_audio_folder_is_refused(tmp_path):
     rows = [{"file_name": f"{name}/{name}.wav", "text": "HI"} for name in ("train", "extra", "test")]
-    with pytest.raises(InputError, match=r"metadata.csv line 3 has no split, unlike other lines"):
+    with pytest.raises(InputError, match=r"metadata.csv line 3 is in none of the folders train, dev and test, unlike"):
         open_corpus(write_table(tmp_path / "metadata.csv", rows))
+    assert open_corpus(write_table(tmp_path / "metadata.csv", rows[1:])).splits == ("all",)  # perhaps a speaker "test"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_different_transcripts_of_one_whole_recording_are_refused(tmp_path, long, suffix):
     rows = [{"path": "long.wav", "text": text} for text in ("A", "A", "B")]
     lines = "2 and 4" if suffix == ".csv" else "1 and 3"
-    message = f"m{suffix} lines {lines} give different transcripts of all of .*long.wav; keep one, or give the parts"
+    message = f"m{suffix} lines {lines} have different transcripts of the same recording, .*long.wav; remove one, give"
     with pytest.raises(InputError, match=message):
         open_corpus(write_table(tmp_path / f"m{suffix}", rows))
     rows = [{**row, "start": i} for i, row in enumerate(rows)]

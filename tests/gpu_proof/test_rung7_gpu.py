@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def working_device():
-    """End a process whose device cannot be used after an error; pytest-xdist starts another for the other tests."""
+    """End the process after a test that made the device unusable; pytest-xdist starts another for the other tests."""
+    yield
     try:
         torch.cuda.synchronize()
     except RuntimeError:

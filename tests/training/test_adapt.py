@@ -326,21 +326,23 @@ def test_fine_tuning_keeps_the_language_model_and_validates_the_start(archive, p
                          "0", "--training.pictures", "0", "--training.precision", "fp32"))  # fmt: skip
     printed = capsys.readouterr().out
     assert "epoch 0: dev loss" in printed and "epoch 1: dev loss" in printed
-    assert f"language model: that of {parent.stem}, {out}/best.lm.safetensors" in printed
+    assert f"language model: that of {parent.stem}, copied to {out}/best.lm.safetensors" in printed
     for name in ("best", "averaged"):
         assert load_lm(out / f"{name}.lm.safetensors").order == 2
     assert load_config(out / "config.yaml").decoding.ngram_weight == 0.2
 
 
-def test_a_language_model_in_the_folder_is_kept(parent, tmp_path, capsys):
+def test_another_language_model_in_the_folder_is_not_replaced(parent, tmp_path):
     from las_fast.checkpoint import load_model
 
     init = load_model(parent)
     own = tmp_path / "best.lm.safetensors"
-    own.write_bytes(b"mine")
     adapt.inherit_lm(init, init.config, tmp_path)
-    assert own.read_bytes() == (tmp_path / "averaged.lm.safetensors").read_bytes() == b"mine"
-    assert capsys.readouterr().out == f"language model: the one in the folder, {own}\n"
+    adapt.inherit_lm(init, init.config, tmp_path)  # of a training that was stopped before its first save
+    own.write_bytes(b"mine")
+    with pytest.raises(InputError, match="best.lm.safetensors is not the language model of .*; move it away"):
+        adapt.inherit_lm(init, init.config, tmp_path)
+    assert own.read_bytes() == b"mine"
 
 
 def test_fine_tuning_uses_the_threads_of_the_machine():

@@ -286,13 +286,12 @@ def fake_run(trainer, monkeypatch, *, problem, close=None):
     ],
 )
 def test_a_training_closes_its_log_and_ends_with_its_problem(monkeypatch, problem, close, raised):
-    trainer = bare_trainer(out=Path("run"), stop=StopSignals(), curriculum=Curriculum(), steps=40)
-    trainer.config = small(training=replace(small().training, epochs=10))
+    trainer = bare_trainer(out=Path("run"), stop=StopSignals(), saved_epoch=0.5)
     trainer.progress.step = 5
     closed = fake_run(trainer, monkeypatch, problem=problem, close=close)
     with contextlib.nullcontext() if raised is None else pytest.raises(raised):
         trainer.run()
-    assert closed == [1] and trainer.log.at == (Path("run"), 5, trainer.epoch)
+    assert closed == [1] and trainer.log.at == (Path("run"), 5, 0.5)
 
 
 def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
@@ -320,6 +319,16 @@ def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
     trainer._train_epoch = raising(TypeError("a fault"))
     with pytest.raises(TypeError):
         trainer._train("bar")
+
+
+def test_the_loss_of_a_skipped_step_is_not_averaged():
+    pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.25, losses=[])
+    log, optimiser = SimpleNamespace(training=lambda *row: None), SimpleNamespace(param_groups=[{"lr": 0.5}])
+    trainer = bare_trainer(curriculum=Curriculum(), steps=20, pace=pace, optimiser=optimiser, log=log, logged="")
+    for step, loss in ((10, math.nan), (20, 2.0)):
+        trainer.progress.step = step
+        trainer._log_step(Bar(), {"loss": torch.tensor(loss)})
+    assert pace.losses == [2.0]
 
 
 @pytest.mark.parametrize(

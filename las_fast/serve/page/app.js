@@ -376,8 +376,8 @@ find("segments").addEventListener("keydown", (event) => {
 
 find("wave").addEventListener("keydown", (event) => {
   if (event.key === "Enter" || event.key === " ") audio.paused ? audio.play() : audio.pause();
-  else if (event.key === "ArrowRight") audio.currentTime += 1;
-  else if (event.key === "ArrowLeft") audio.currentTime -= 1;
+  else if (event.key === "ArrowRight") seek(audio.currentTime + 1);
+  else if (event.key === "ArrowLeft") seek(audio.currentTime - 1);
   else return;
   event.preventDefault();
 });
