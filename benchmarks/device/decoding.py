@@ -80,9 +80,9 @@ def compare(name: str, models: dict[str, Loaded], dev: SpeechDataset, device: st
     else:
         record.skip(f"decoding of AN4, {name}", NEEDS_CUDA, path="captured")
     expected: list[str] = []
+    low = SETTINGS[name].get("precision") == "bf16"
+    dtype = "bfloat16" if low else "float32"
     for way in ways:
-        low = SETTINGS[name].get("precision") == "bf16"
-        dtype = "bfloat16" if low else "float32"
         labels = {"shape": f"{len(dev)} utterances", "dtype": dtype, "path": way.name}
         texts: list[str] = []
         with record.attempt(f"decoding of AN4, {name}", **labels), exact_float32():
