@@ -40,9 +40,8 @@ from las_fast.cli import run
 from las_fast.config import DecodingConfig, FeatureConfig
 from las_fast.data.audio import load_audio
 from las_fast.data.corpus import Utterance
-from las_fast.data.features import add_deltas, compute_features, frame_sizes, speech_features
+from las_fast.data.features import compute_features, frame_sizes, speech_features
 from las_fast.data.layouts import open_corpus
-from las_fast.data.normalisation import normalise
 from las_fast.data.silence import band_energy, find_speech
 from las_fast.errors import InputError
 from las_fast.ops import NgramModel
@@ -210,11 +209,10 @@ def input_settings(loaded: Loaded) -> tuple:
     return loaded.config.features, *(array.numpy().tobytes() for array in arrays)
 
 
-def make_input(loaded: Loaded, samples: np.ndarray) -> torch.Tensor:
-    """Return the model's input (T, input_size) for samples (N,)."""
-    config = loaded.config.features
-    ((frames, _),) = speech_features([samples], config)
-    return add_deltas(normalise(frames, config, loaded.statistics), config.deltas)
+def make_frames(loaded: Loaded, samples: np.ndarray) -> torch.Tensor:
+    """Return the frames (T, F) of samples (N,), before normalisation and deltas."""
+    ((frames, _),) = speech_features([samples], loaded.config.features)
+    return frames
 
 
 def make_datasets(
@@ -231,9 +229,13 @@ def make_datasets(
         samples = changed(recordings, utterances, i, condition)
         seconds.append(len(samples) / recordings.rate)
         for kind, loaded in kinds.items():
-            inputs[kind].append(make_input(loaded, samples))
+            inputs[kind].append(make_frames(loaded, samples))
     assert all(len(some) == len(utterances) and all(bool(x.isfinite().all()) for x in some) for some in inputs.values())
-    datasets = {kind: Utterances(some, [u.id for u in utterances], seconds) for kind, some in inputs.items()}
+    ids = [u.id for u in utterances]
+    datasets = {
+        kind: Utterances(some, ids, seconds, kinds[kind].config.features, kinds[kind].statistics)
+        for kind, some in inputs.items()
+    }
     return [datasets[input_settings(loaded)] for loaded in checkpoints]
 
 

@@ -22,8 +22,7 @@ from las_fast.cli import run
 from las_fast.config import DecodingConfig
 from las_fast.data.audio import load_utterance
 from las_fast.data.corpus import Utterance
-from las_fast.data.features import add_deltas, speech_features
-from las_fast.data.normalisation import normalise
+from las_fast.data.features import speech_features
 from las_fast.output.metrics import score
 from las_fast.progress import track
 from las_fast.search.dataset import Utterances, decode_dataset
@@ -43,16 +42,15 @@ def pad(samples: np.ndarray, rate: int, seconds: float, db: float | None, seed: 
     return np.concatenate([silence[0], samples, silence[1]])
 
 
-def padded_features(
+def padded_frames(
     loaded: Loaded, utterances: list[Utterance], seconds: float, db: float | None
 ) -> Iterator[tuple[torch.Tensor, float]]:
-    """Yield the features (T, F) and the duration in seconds of each utterance with silence around it."""
+    """Yield the frames (T, F), before normalisation, and the duration in seconds of each utterance with silence."""
     config = loaded.config.features
     for seed, utterance in enumerate(track(utterances, f"{seconds} s of {db} dB", "utterances")):
         samples = pad(load_utterance(utterance, config.sample_rate), config.sample_rate, seconds, db, seed)
         ((frames, _),) = speech_features([samples], config)
-        features = add_deltas(normalise(frames, config, loaded.statistics), config.deltas)
-        yield features, len(samples) / config.sample_rate
+        yield frames, len(samples) / config.sample_rate
 
 
 def decode(loaded: Loaded, data: Utterances, decoding: DecodingConfig) -> list[str]:
@@ -92,8 +90,9 @@ def measure(
     loaded: Loaded, utterances: list[Utterance], options: argparse.Namespace, seconds: float, db: float | None
 ) -> None:
     """Print the CER of each source with one kind of silence, and append it to FILE if --record is given."""
-    features, durations = zip(*padded_features(loaded, utterances, seconds, db), strict=True)
-    data = Utterances(list(features), [u.id for u in utterances], durations)
+    frames, durations = zip(*padded_frames(loaded, utterances, seconds, db), strict=True)
+    config = loaded.config.features
+    data = Utterances(list(frames), [u.id for u in utterances], durations, config, loaded.statistics)
     sources = sorted(set(map(source, utterances)))
     for way, decoding in decodings(loaded.config.decoding).items():
         texts = decode(loaded, data, decoding)

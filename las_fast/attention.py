@@ -317,15 +317,16 @@ def attend(
     """
     import torch
 
-    from las_fast.data.features import add_deltas, seconds_of
-    from las_fast.data.normalisation import normalise
+    from las_fast.data.features import seconds_of
+    from las_fast.data.normalisation import model_input
     from las_fast.search.dataset import Utterances
     from las_fast.text import EOS
 
     loaded, config = model.loaded, model.loaded.config.features
-    inputs = add_deltas(normalise(features, config, loaded.statistics), config.deltas)
+    inputs = model_input(features, config, loaded.statistics)
     if text is None:
-        data = Utterances([inputs], ["the utterance"], [seconds_of(len(inputs), config)])
+        seconds = [seconds_of(len(inputs), config)]
+        data = Utterances([features], ["the utterance"], seconds, config, loaded.statistics)
         decoder = model.decoder(model.settings(beam=beam, beam_threshold=beam_threshold))
         tokens = list(model.decode_dataset(data, decoder, progress=False)[0][0].text_tokens)
     else:

@@ -271,13 +271,18 @@ class DecodingConfig:
     ngram_weight: float = 0.0  # weight of the log-probabilities of the n-gram model, if there is one
     # nats added to the score per character, to offset the n-gram model's preference for short texts
     length_reward: float = number(0.0, at_least=-1e6, at_most=1e6)
+    # each utterance is decoded at each of these speeds, 2 being twice as fast, and with each of the warps, which are
+    # factors on its frequencies; the text with the highest score is kept
+    speeds: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=2)
+    warps: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=1.5)
     frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
     # dtype of matmuls; int8 is for the speller on a CPU and implies bf16 for the listener; auto: fp32
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
 
     def attention_only(self) -> DecodingConfig:
-        """Return the settings for a search with the speller alone, without CTC and a language model."""
-        return dataclasses.replace(self, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+        """Return the settings for one search with the speller alone, without CTC and a language model."""
+        alone = {"ctc_weight": 0.0, "ngram_weight": 0.0, "length_reward": 0.0, "speeds": (1.0,), "warps": (1.0,)}
+        return dataclasses.replace(self, **alone)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -420,6 +425,15 @@ def _feature_rules(config: Config) -> list[Rule]:
             not augment.warp or features.kind == "logmel" or features.size <= features.mel_bins,
             f"augment.warp needs features.mel_bins ({features.mel_bins}) of at least features.size ({features.size}); "
             "give the number of mel filters of the MFCC",
+        ),
+        (
+            set(config.decoding.warps) <= {1.0} or features.kind == "logmel" or features.size <= features.mel_bins,
+            f"decoding.warps need features.mel_bins ({features.mel_bins}) of at least features.size ({features.size}); "
+            "give the number of mel filters of the MFCC",
+        ),
+        (
+            bool(config.decoding.speeds and config.decoding.warps),
+            "decoding.speeds and decoding.warps need a value each; 1 means unchanged",
         ),
         (
             augment.snr_low <= augment.snr_high,

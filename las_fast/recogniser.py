@@ -22,8 +22,7 @@ from torch import Tensor
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.data.audio import name_of
-from las_fast.data.features import add_deltas, seconds_of
-from las_fast.data.normalisation import normalise
+from las_fast.data.features import seconds_of
 from las_fast.data.samples import is_array, to_numpy
 from las_fast.data.vad import check_vad
 from las_fast.errors import InputError, show, type_name
@@ -248,12 +247,13 @@ class Recogniser:
         return [[self.hypothesis(result) for result in nbest_results] for nbest_results in results]
 
     def _utterances(self, features: dict[str, Any]) -> Utterances:
-        inputs = [self._model_input(array, name) for name, array in features.items()]
+        frames = [self._frames(array, name) for name, array in features.items()]
         config = self.loaded.config.features
-        return Utterances(inputs, list(features), [seconds_of(len(x), config) for x in inputs])
+        seconds = [seconds_of(len(x), config) for x in frames]
+        return Utterances(frames, list(features), seconds, config, self.loaded.statistics)
 
-    def _model_input(self, array: Any, name: str) -> Tensor:
-        """Normalise features (T, F) and add deltas; raise InputError, which starts with `name`, if they are invalid."""
+    def _frames(self, array: Any, name: str) -> Tensor:
+        """Return features (T, F) in float32; raise InputError, which starts with `name`, if they are invalid."""
         config = self.loaded.config.features
         if not is_array(array):
             raise InputError(f"{name} must be an array of shape (T, {config.size}); got {type_name(array)}")
@@ -267,7 +267,7 @@ class Recogniser:
             frames = torch.tensor(np.ascontiguousarray(array, np.float32))
         if not frames.isfinite().all():
             raise InputError(f"{name} contains NaN or infinite values; compute it again")
-        return add_deltas(normalise(frames, config, self.loaded.statistics), config.deltas)
+        return frames
 
     # Used by the commands.
 

@@ -105,7 +105,7 @@ class Transcription:
             with open_recording(to_audio(state.recording, sample_rate), self.features.sample_rate) as recording:
                 state.name = recording.name
                 options: dict[str, Any] = {"vad": self.vad, "mark_silence": self.mark_silence}
-                for speech in segments(blocks(), self.features, self.statistics, **options):
+                for speech in segments(blocks(), self.features, **options):
                     has_speech = has_speech or speech is not NO_SPEECH
                     yield speech
         except InputError as error:
@@ -140,7 +140,8 @@ class Transcription:
     def _decode_segments(self, pool: list[tuple[RecordingState, Speech]]) -> None:
         """Decode segments, and add the results to their recordings."""
         ids = [f"{state.name} from {speech.start:.0f} s" for state, speech in pool]
-        data = Utterances([s.features for _, s in pool], ids, [s.end - s.start for _, s in pool])
+        frames, seconds = zip(*((s.frames, s.end - s.start) for _, s in pool), strict=True)
+        data = Utterances(list(frames), ids, seconds, self.features, self.statistics)
         for (state, speech), nbest in zip(pool, self.decode(data), strict=True):
             state.undecoded -= 1
             segment = _segment(speech, nbest)

@@ -15,6 +15,7 @@ from las_fast import Recogniser, attention, load
 from las_fast.config import FeatureConfig
 from las_fast.data.features import compute_features
 from las_fast.data.layouts import open_corpus
+from las_fast.data.normalisation import model_input
 from las_fast.errors import InputError
 from las_fast.output import figures
 from las_fast.text import EOS, Vocabulary
@@ -67,7 +68,7 @@ def test_weights_are_those_of_the_speller_with_teacher_forcing(workspace, model)
     assert picture.text == "A B" and picture.start == 0.0 and picture.frame_shift == pytest.approx(0.01)
     samples, _ = soundfile.read(workspace / "plain.wav", dtype="float32")
     (features,) = compute_features([samples], model.loaded.config.features)
-    inputs = model._model_input(features, "x")[None]
+    inputs = model_input(features, model.loaded.config.features)[None]
     tokens = [*model.loaded.vocabulary.encode("A B"), EOS]
     with torch.inference_mode():
         memory = model.loaded.model.listen(inputs, torch.tensor([inputs.shape[1]]))

@@ -377,8 +377,8 @@ def test_silence_surrounds_the_part_of_a_recording_that_an_utterance_is(tmp_path
     loaded = load_model(make_checkpoint(tmp_path, 20, mel_bins=23))
     soundfile.write(tmp_path / "long.wav", make_speech(3.0), 16000)
     part = Utterance("a", tmp_path / "long.wav", "A", seconds=0.5, start=1.0, is_part=True)
-    ((features, seconds),) = silence.padded_features(loaded, [part], 0.25, None)
-    assert seconds == pytest.approx(1.0) and len(features) <= 100
+    ((frames, seconds),) = silence.padded_frames(loaded, [part], 0.25, None)
+    assert seconds == pytest.approx(1.0) and len(frames) <= 100
     samples = silence.pad(np.ones(4, np.float32), 4, 0.5, -20.0, seed=0)
     assert samples[2:6].tolist() == [1.0] * 4 and 0 < np.abs(samples[:2]).max() < 1 and len(samples) == 8
 

@@ -104,7 +104,7 @@ def test_no_number_may_be_infinite_or_nan(name, value):
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if BOUNDS[name].at_least >= 0])
 def test_no_number_may_be_negative(name):
-    with pytest.raises(InputError, match=f"settings: {name} must be (at least [01]|more than 0); got -2"):
+    with pytest.raises(InputError, match=f"settings: {name} must be (at least (0|0.5|1)|more than 0); got -2"):
         check(with_setting(name, -2))
 
 
@@ -218,6 +218,8 @@ TABLE = {
     "decoding.ctc_weight": (0.0, 0, 1),
     "decoding.ngram_weight": (0.0, 0, 1_000_000_000),
     "decoding.length_reward": (0.0, -1_000_000, 1_000_000),
+    "decoding.speeds": ((1.0,), 0.5, 2),
+    "decoding.warps": ((1.0,), 0.5, 1.5),
     "decoding.frames_per_batch": (30_000, 1, 10_000_000),
     "decoding.precision": "auto",
 }

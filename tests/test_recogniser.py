@@ -364,11 +364,12 @@ def test_a_beam_of_1_is_greedy(workspace, model):
 
 def features_of(model, path):
     from las_fast.data.audio import open_recording
+    from las_fast.data.normalisation import model_input
     from las_fast.data.segments import segments
 
     config = model.loaded.config.features
     (speech,) = segments(open_recording(path, config.sample_rate), config)
-    return speech.features
+    return model_input(speech.frames, config)
 
 
 def test_the_language_model_can_be_the_checkpoints_another_or_none(workspace, capsys):

@@ -371,8 +371,8 @@ class Work:
 
         yield Recording([np.zeros(15)] * 2 if not actual else [np.zeros(int(10 * s)) for s in actual])
 
-    def segments(self, blocks, features, statistics, *, vad, mark_silence):
-        assert features is self.loaded.config.features and statistics is None
+    def segments(self, blocks, features, *, vad, mark_silence):
+        assert features is self.loaded.config.features
         assert vad == "energy" and not mark_silence
         start = 0.0
         for block in blocks:
@@ -413,7 +413,7 @@ def test_recordings_are_returned_in_order_as_soon_as_each_is_decoded(monkeypatch
     expected = {"ngram": "table", "packed": "packed", "device": torch.device("cpu")}
     assert options == {**expected, "speech_scores": True, "words": "words", "progress": False}
     assert data.ids == ["a from 0 s", "a from 3 s", "b from 0 s"] and data.seconds.tolist() == [3, 4, 3]
-    assert data.frame_counts.tolist() == [30, 40, 30] and len(data) == 3 and data[1].shape == (40, 2)
+    assert data.frame_counts.tolist() == [30, 40, 30] and len(data) == 3 and data.raw(1).shape == (40, 2)
     assert capsys.readouterr().err == ("warning: c: no speech was found in its 3.00 seconds\nwarning: odd is odd\n")
     assert work.shown == ((None, "transcribing", "s of audio"), {}) and sum(work.updates) == 19
 

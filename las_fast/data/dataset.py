@@ -14,9 +14,9 @@ import torch
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.cache import CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance
-from las_fast.data.features import add_deltas, check_settings
+from las_fast.data.features import check_settings
 from las_fast.data.layouts import open_corpus as open_corpus  # scripts import it from here
-from las_fast.data.normalisation import Statistics, normalise, statistics_of
+from las_fast.data.normalisation import Statistics, model_input, statistics_of
 from las_fast.data.readers import SKIP_HINT
 from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError, show
@@ -126,7 +126,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def prepare(self, raw: torch.Tensor) -> torch.Tensor:
         """Normalise raw frames (T, feature_size) and append deltas."""
-        return add_deltas(normalise(raw, self.features, self.statistics), self.features.deltas)
+        return model_input(raw, self.features, self.statistics)
 
 
 def load_dataset(

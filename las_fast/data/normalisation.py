@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from las_fast.config import FeatureConfig
+from las_fast.data.features import add_deltas
 from las_fast.errors import InputError
 
 
@@ -32,6 +33,11 @@ def normalise(frames: torch.Tensor, features: FeatureConfig, statistics: Statist
         return (frames - statistics.mean) / statistics.std
     std, mean = torch.std_mean(frames, dim=0, correction=0)
     return (frames - mean) / _safe_std(std, mean)
+
+
+def model_input(frames: torch.Tensor, features: FeatureConfig, statistics: Statistics | None = None) -> torch.Tensor:
+    """Return the input (T, features.input_size) of a model for raw frames (T, F): normalised, and with deltas."""
+    return add_deltas(normalise(frames, features, statistics), features.deltas)
 
 
 def _safe_std(std: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

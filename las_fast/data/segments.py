@@ -2,7 +2,7 @@
 
 Models are trained on single utterances. Therefore a recording is cut at its quietest points into chunks of at most 20
 seconds, and each chunk is cut at pauses of a second or more into segments, with half a second of silence around them.
-Each segment is normalised separately. A short recording without such pauses has the same frames as in training.
+Each segment is to be normalised separately. A short recording without such pauses has the same frames as in training.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from las_fast.config import FeatureConfig
-from las_fast.data.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config, seconds_of
-from las_fast.data.normalisation import Statistics, normalise
+from las_fast.data.features import cepstra, compute_features, frame_sizes, logmel_config, seconds_of
 from las_fast.data.silence import (
     band_energy,
     frames_in,
@@ -41,8 +40,8 @@ class Speech:
 
     start: float
     end: float
-    features: Tensor  # (T, input_size), normalised and with deltas: the input of the model
-    offset: float = 0.0  # time of the first feature frame, which may be in the silence before the speech
+    frames: Tensor  # (T, F), before normalisation and deltas
+    offset: float = 0.0  # time of the first frame, which may be in the silence before the speech
 
 
 NO_SPEECH = Speech(0.0, 0.0, torch.empty(0))  # stands for a chunk without speech
@@ -51,7 +50,6 @@ NO_SPEECH = Speech(0.0, 0.0, torch.empty(0))  # stands for a chunk without speec
 def segments(
     blocks: Iterable[np.ndarray],
     config: FeatureConfig,
-    statistics: Statistics | None = None,
     *,
     vad: str = "energy",
     mark_silence: bool = False,
@@ -61,7 +59,6 @@ def segments(
     Args:
         blocks:       (n,) float32 samples at config.sample_rate each; the segments do not depend on the block sizes.
         config:       features of the model.
-        statistics:   of the training data, for normalisation "global".
         vad:          how speech is found, "energy" or "silero".
         mark_silence: whether to yield NO_SPEECH after each chunk without speech, so that the caller can pause there.
 
@@ -74,10 +71,9 @@ def segments(
         has_speech = False
         for speech, first_frame, frames in _parts(chunk, detector.speech(first, chunk), config):
             has_speech = True
-            features = add_deltas(normalise(cepstra(frames, config), config, statistics), config.deltas)
             start, end = (seconds_of(first + frame, config) for frame in speech)
             offset = float(seconds_of(first + first_frame, config))
-            yield Speech(max(begin, start - EDGE), min(end + EDGE, last), features, offset)
+            yield Speech(max(begin, start - EDGE), min(end + EDGE, last), cepstra(frames, config), offset)
         if mark_silence and not has_speech:
             yield NO_SPEECH
 

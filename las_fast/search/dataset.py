@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from las_fast.config import DecodingConfig
+from las_fast.config import DecodingConfig, FeatureConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
+from las_fast.data.normalisation import Statistics, model_input
 from las_fast.errors import DoesNotFit, NotFinite, causes, is_out_of_memory
 from las_fast.model.attention import Memory
 from las_fast.ops import NgramModel, ctc_loss
@@ -23,6 +24,7 @@ from las_fast.progress import Progress
 from las_fast.search.beam import Hypothesis, beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import clear_graphs
 from las_fast.search.native import LOW_PRECISIONS
+from las_fast.search.views import keep_better, viewed, views_of
 from las_fast.search.words import WordFinder
 from las_fast.text import PAD, Vocabulary
 
@@ -31,17 +33,41 @@ T = TypeVar("T")
 
 
 class Utterances:
-    """Model inputs (T, input_size) in memory, with the interface that decode_dataset needs."""
+    """Utterances in memory, with the interface that decode_dataset needs.
 
-    def __init__(self, features: list[Tensor], ids: list[str], seconds: Sequence[float]):
-        self.features, self.ids, self.seconds = features, ids, np.asarray(seconds, np.float64)
-        self.frame_counts = np.array([len(x) for x in features], np.int64)
+    Args:
+        frames:     of each utterance, (T, F) float32 before normalisation and deltas.
+        ids:        names, for errors.
+        seconds:    durations.
+        features:   of the model.
+        statistics: of the model, for normalisation "global".
+    """
+
+    def __init__(
+        self,
+        frames: list[Tensor],
+        ids: list[str],
+        seconds: Sequence[float],
+        features: FeatureConfig,
+        statistics: Statistics | None = None,
+    ):
+        self.frames, self.ids, self.seconds = frames, ids, np.asarray(seconds, np.float64)
+        self.features, self.statistics = features, statistics
+        self.frame_counts = np.array([len(x) for x in frames], np.int64)
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.frames)
+
+    def raw(self, i: int) -> Tensor:
+        """Return the frames (T, F) of utterance i before normalisation and deltas."""
+        return self.frames[i]
+
+    def prepare(self, raw: Tensor) -> Tensor:
+        """Normalise raw frames (T, F) and append deltas."""
+        return model_input(raw, self.features, self.statistics)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.features[i]
+        return self.prepare(self.raw(i))
 
 
 def decode_dataset(
@@ -59,6 +85,9 @@ def decode_dataset(
     device: str | torch.device,
 ) -> list[list[Hypothesis]]:
     """Run beam_search on every utterance.
+
+    With several config.speeds or config.warps, each utterance is decoded in every view (las_fast/search/views.py), and
+    the hypotheses of the view with the highest score are kept; their frames and times are those of the utterance.
 
     Utterances are batched by length, up to config.frames_per_batch padded frames. A batch that does not fit in memory
     is halved and tried again, and later batches of that size are halved at once.
@@ -94,13 +123,15 @@ def decode_dataset(
         **options,
     )
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
+    views = views_of(config)
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
         pin = torch.device(device).type == "cuda"
-        for indices, decoded in decode_batches(decode, dataset, vocabulary, config, pin=pin):
-            for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
-                _check_finite(hypotheses, dataset.ids[i])
-                results[i] = hypotheses
-            bar.update(float(dataset.seconds[indices.numpy()].sum()))
+        for view in views:
+            for indices, decoded in decode_batches(decode, viewed(dataset, view), vocabulary, config, pin=pin):
+                for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
+                    _check_finite(hypotheses, dataset.ids[i])
+                    results[i] = keep_better(results[i], hypotheses, view)
+                bar.update(float(dataset.seconds[indices.numpy()].sum()) / len(views))
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from las_fast.progress import Progress, progress
 from las_fast.search.beam import beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import MAX_GRAPHS
 from las_fast.search.dataset import decode_batches, listen
+from las_fast.search.views import View, viewed, views_of
 
 if TYPE_CHECKING:
     from las_fast.checkpoint import Loaded
@@ -31,6 +33,7 @@ def decode_grid(
         A list of texts, one per utterance, for each of the settings.
     """
     texts = [[""] * len(dataset) for _ in settings]
+    scores = [[-math.inf] * len(dataset) for _ in settings]
     packed = packed_weights(loaded.model, settings[0], device, backend)
     # Graphs are kept per n-gram model, so each point has one model for all batches, and many points have no graphs.
     few = len(settings) <= MAX_GRAPHS
@@ -38,20 +41,26 @@ def decode_grid(
     V = len(loaded.vocabulary)
     points = _folded(ngram, settings, V, device) if few else [(ngram, point) for point in settings]
 
-    def decode(batch: Batch, bar: Progress) -> None:
+    def decode(batch: Batch, view: View, bar: Progress) -> None:
         memory = listen(loaded.model, batch.to(device), settings[0])
-        for texts_of_point, (model, point) in zip(texts, points, strict=True):
+        for k, (model, point) in enumerate(points):
+            if view not in views_of(point):
+                continue
             hypotheses = beam_search(
                 loaded.model, memory, point, ngram=model, packed=packed, backend=backend, capture=capture
             )
             for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
-                texts_of_point[i] = loaded.vocabulary.decode(best.text_tokens)
+                if best.score > scores[k][i]:
+                    scores[k][i], texts[k][i] = best.score, loaded.vocabulary.decode(best.text_tokens)
             bar.update(len(batch.indices))  # those of a batch that is halved count twice
 
-    with progress(len(dataset) * len(settings), "tuning", "utterances") as bar:
+    searches = sum(len(views_of(point)) for point in settings)
+    with progress(len(dataset) * searches, "tuning", "utterances") as bar:
         pin = torch.device(device).type == "cuda"
-        for _ in decode_batches(partial(decode, bar=bar), dataset, loaded.vocabulary, settings[0], pin=pin):
-            pass
+        for view in dict.fromkeys(view for point in settings for view in views_of(point)):
+            seen = viewed(dataset, view)
+            for _ in decode_batches(partial(decode, view=view, bar=bar), seen, loaded.vocabulary, settings[0], pin=pin):
+                pass
     return texts
 
 

@@ -11,6 +11,7 @@ import torch
 
 from las_fast.data.audio import open_recording
 from las_fast.data.features import seconds_of
+from las_fast.data.normalisation import model_input
 from las_fast.data.segments import segments
 from las_fast.errors import InputError
 from las_fast.recogniser import Recogniser
@@ -48,11 +49,11 @@ def attention_of(model: Recogniser, recording: Any, tokens: list[int], *, vad: s
     config = loaded.config.features
     with open_recording(recording, config.sample_rate) as blocks:
         short = _limited(blocks, config.sample_rate)
-        found = segments(short, config, loaded.statistics, vad=vad)
+        found = segments(short, config, vad=vad)
         speech = max(found, key=lambda one: one.end - one.start, default=None)
     if speech is None:
         raise InputError("the file has no speech; send a segment with speech")
-    features = speech.features[None].to(model.device)
+    features = model_input(speech.frames, config, loaded.statistics)[None].to(model.device)
     lengths = torch.tensor([features.shape[1]], device=model.device)
     weights = loaded.model(features, lengths, torch.tensor([tokens], device=model.device)).weights[0]
     shades = (255 * weights / weights.max().clamp_min(1e-6)).round().to(torch.uint8).cpu()  # (U, T)

@@ -7,7 +7,7 @@ from tiny_corpora import RATE, make_speech
 
 from las_fast.config import FeatureConfig
 from las_fast.data.features import add_deltas, compute_features, speech_features
-from las_fast.data.normalisation import Statistics, normalise
+from las_fast.data.normalisation import Statistics, model_input, normalise
 from las_fast.data.segments import _parts, chunks, log_mel, segments
 from las_fast.data.silence import band_energy, find_speech
 
@@ -125,7 +125,7 @@ def test_segments_cover_the_speech():
     assert len(actual) == 3
     for segment, start, end in zip(actual, at[1::2], at[2::2], strict=True):
         assert segment.start == pytest.approx(start, abs=0.3) and segment.end == pytest.approx(end, abs=0.4)
-        assert len(segment.features) == pytest.approx(100 * (end - start) + 100, abs=60)
+        assert len(segment.frames) == pytest.approx(100 * (end - start) + 100, abs=60)
 
 
 @pytest.mark.parametrize("rate", [11_025, 16_000, 22_050])
@@ -154,7 +154,7 @@ def test_segments_do_not_depend_on_blocks():
         actual = list(segments(blocks(samples, size), CONFIG))
         assert [(s.start, s.end) for s in actual] == [(s.start, s.end) for s in whole]
         for a, b in zip(actual, whole, strict=True):
-            torch.testing.assert_close(a.features, b.features, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(a.frames, b.frames, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +171,15 @@ def test_a_short_recording_has_the_same_frames_as_in_training(deltas, normalisat
     config = FeatureConfig(deltas=deltas, normalisation=normalisation, **kind)
     statistics = Statistics(torch.randn(config.size), torch.rand(config.size) + 1)
     samples = joined(hiss(0.4), make_speech(3), hiss(0.6))
-    (segment,) = segments(blocks(samples, 4000), config, statistics)
+    (segment,) = segments(blocks(samples, 4000), config)
     frames = add_deltas(normalise(speech_features([samples], config)[0][0], config, statistics), deltas)
-    torch.testing.assert_close(segment.features, frames, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model_input(segment.frames, config, statistics), frames, rtol=1e-3, atol=1e-3)
 
 
 def test_without_trimming_silence_keeps_its_level():
     samples = joined(np.zeros(RATE // 2), make_speech(3), np.zeros(RATE // 2))
     lowest = [
-        next(segments([samples], FeatureConfig(size=23, normalisation="none", trim_silence=trim))).features.min()
+        next(segments([samples], FeatureConfig(size=23, normalisation="none", trim_silence=trim))).frames.min()
         for trim in (False, True)
     ]
     assert lowest[0] == pytest.approx(np.log(2**-23), abs=1e-3) and lowest[1] > lowest[0] + 5

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.config import DecodingConfig, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.model.las import LAS
@@ -50,7 +50,8 @@ def make_model(*, ctc_layer: int = 1, pyramids: int = 1) -> LAS:
 
 def make_data() -> Utterances:
     features = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (60, 33, 48)]
-    return Utterances(features, list("abc"), [len(x) / 100 for x in features])
+    plain = FeatureConfig(size=4, mel_bins=4, normalisation="none")
+    return Utterances(features, list("abc"), [len(x) / 100 for x in features], plain)
 
 
 def finder(model, calibration=CALIBRATION, **options) -> WordFinder:
@@ -255,7 +256,7 @@ def test_words_are_the_same_alone_and_in_a_batch():
     model, data = make_model(), make_data()
     config = DecodingConfig(beam=3, ctc_weight=0.3, maximum_share=0.5)
     together = decode_dataset(model, data, VOCABULARY, config, progress=False, device="cpu", words=finder(model))
-    for features, (best, *_) in zip(data.features, together, strict=True):
+    for features, (best, *_) in zip(data.frames, together, strict=True):
         with torch.inference_mode():
             memory = model.listen(features[None], torch.tensor([len(features)]))
         hypotheses = beam_search(model, memory, config, nbest=3)

@@ -1,0 +1,80 @@
+"""Views: an utterance at other speeds and with a warped frequency axis.
+
+People speak at different speeds, and their vocal tracts differ in length. Therefore an utterance can be decoded several
+times: at each speed of decoding.speeds and with each warp of decoding.warps. The view whose best hypothesis has the
+highest score is kept. For the frequency axis alone this is vocal tract length normalisation (Lee and Rose 1996,
+"Speaker normalization using efficient frequency warping procedures").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from las_fast.config import DecodingConfig
+from las_fast.data.augment import change_speed, frame_counts_at_speed
+from las_fast.data.warp import warp_frequencies
+
+if TYPE_CHECKING:
+    from las_fast.search.beam import Hypothesis
+
+
+class View(NamedTuple):
+    """How an utterance is changed before it is decoded."""
+
+    speed: float  # 2: twice as fast
+    warp: float  # factor on its frequencies, see las_fast/data/warp.py
+
+
+PLAIN = View(1.0, 1.0)
+
+
+def views_of(config: DecodingConfig) -> list[View]:
+    """Return the views in which each utterance is decoded, without repetitions."""
+    return list(dict.fromkeys(itertools.starmap(View, itertools.product(config.speeds, config.warps))))
+
+
+def viewed(dataset, view: View):
+    """Return a dataset whose utterances are those of `dataset` in a view; see decode_dataset."""
+    return dataset if view == PLAIN else _Viewed(dataset, view)
+
+
+class _Viewed:
+    """A dataset in a view."""
+
+    def __init__(self, dataset: Any, view: View):
+        self.dataset, self.view = dataset, view
+        self.ids, self.seconds = dataset.ids, dataset.seconds
+        self.frame_counts = frame_counts_at_speed(dataset.frame_counts, view.speed)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Tensor:
+        raw = self.dataset.raw(i)
+        if self.view.warp != 1:
+            raw = warp_frequencies(raw, self.view.warp, self.dataset.features)
+        return self.dataset.prepare(change_speed(raw, self.view.speed))
+
+
+def keep_better(kept: list[Hypothesis], hypotheses: list[Hypothesis], view: View) -> list[Hypothesis]:
+    """Return the hypotheses of one utterance whose best has the higher score; of equal ones, `kept`.
+
+    Args:
+        kept:       of earlier views, best first; may be empty.
+        hypotheses: of `view`, best first. Their frames and times become those of the utterance at its own speed.
+    """
+    if kept and kept[0].score >= hypotheses[0].score:
+        return kept
+    return [_at_own_speed(h, view.speed) for h in hypotheses]
+
+
+def _at_own_speed(hypothesis: Hypothesis, speed: float) -> Hypothesis:
+    if speed == 1:
+        return hypothesis
+    frames = [int(frame * speed) for frame in hypothesis.attended_frames]
+    words = tuple(dataclasses.replace(w, start=w.start * speed, end=w.end * speed) for w in hypothesis.words)
+    return dataclasses.replace(hypothesis, attended_frames=frames, words=words)

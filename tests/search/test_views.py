@@ -1,0 +1,157 @@
+"""Decoding an utterance at several speeds and with a warped frequency axis."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_checkpoints import make_checkpoint
+from tiny_corpora import make_manifest, make_speech, write_audio
+
+import las_fast
+from las_fast import decode, transcribe, tune
+from las_fast.config import Config, DecodingConfig, FeatureConfig, check
+from las_fast.data.augment import change_speed
+from las_fast.data.normalisation import model_input
+from las_fast.data.warp import warp_frequencies
+from las_fast.errors import InputError
+from las_fast.output.transcripts import Word
+from las_fast.search.beam import Hypothesis
+from las_fast.search.dataset import Utterances
+from las_fast.search.grid import decode_grid
+from las_fast.search.views import PLAIN, View, keep_better, viewed, views_of
+
+CONFIG = FeatureConfig(kind="mfcc", size=20, mel_bins=23, deltas=1)
+
+
+def hypothesis(score, frames=(0, 5, 9), words=()):
+    return Hypothesis([4] * len(frames), score, score, list(frames), [0.0] * len(frames), True, None, tuple(words))
+
+
+def test_an_utterance_is_decoded_at_every_speed_with_every_warp_once():
+    settings = DecodingConfig(speeds=(1.0, 0.8, 1.0), warps=(1.0, 1.1))
+    assert views_of(settings) == [PLAIN, View(1.0, 1.1), View(0.8, 1.0), View(0.8, 1.1)]
+    assert views_of(settings.attention_only()) == views_of(DecodingConfig()) == [PLAIN]
+
+
+def test_a_view_changes_the_raw_frames_before_they_are_normalised():
+    raw = [torch.randn(n, 20) for n in (50, 3, 1)]
+    data = Utterances(raw, list("abc"), [0.5, 0.03, 0.01], CONFIG)
+    assert viewed(data, PLAIN) is data
+    for view in (View(0.8, 1.1), View(1.0, 0.9), View(1.6, 1.0)):
+        seen = viewed(data, view)
+        assert (len(seen), seen.ids, seen.seconds.tolist()) == (3, data.ids, data.seconds.tolist())
+        for i, frames in enumerate(raw):
+            expected = model_input(change_speed(warp_frequencies(frames, view.warp, CONFIG), view.speed), CONFIG)
+            torch.testing.assert_close(seen[i], expected, atol=1e-4, rtol=1e-4)
+            assert len(seen[i]) == seen.frame_counts[i] == max(1, round(len(frames) / view.speed))
+
+
+def test_the_higher_score_is_kept_and_of_equal_ones_the_first():
+    first, equal, better = [hypothesis(-2.0)], [hypothesis(-2.0, (1,))], [hypothesis(-1.0), hypothesis(-3.0)]
+    assert keep_better([], first, PLAIN) == first
+    assert keep_better(first, equal, PLAIN) is first
+    assert keep_better(first, better, PLAIN) == better
+    assert keep_better(better, first, PLAIN) is better
+
+
+@pytest.mark.parametrize("speed", [0.5, 0.8, 0.9, 1.1, 1.7])
+def test_frames_and_times_are_those_of_the_utterance_at_its_own_speed(speed):
+    length = 40  # encoder frames at its own speed
+    last = round(length / speed) - 1
+    word = Word("AB", 1.0, 1.5, 0.7)
+    (kept,) = keep_better([], [hypothesis(-1.0, (0, last), [word])], View(speed, 1.0))
+    assert kept.attended_frames[0] == 0 and length - 2 - speed <= kept.attended_frames[1] < length
+    assert kept.words == (Word("AB", speed, 1.5 * speed, 0.7),)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("views")
+    make_manifest(folder / "data")
+    decoding = DecodingConfig(beam=3, maximum_extra=12, speeds=(1.0, 0.8), warps=(1.0, 1.1))
+    make_checkpoint(folder, 20, sections={"decoding": decoding}, mel_bins=23)
+    return folder
+
+
+def decode_to(folder, name, *options):
+    jsonl = folder / f"{name}.jsonl"
+    files = ["--out", str(folder / f"{name}.csv"), "--jsonl", str(jsonl), "--nbest", "3"]
+    checkpoint = ["--checkpoint", str(folder / "untrained-20.safetensors"), "--device", "cpu"]
+    decode.main([*checkpoint, "--data", str(folder / "data"), "--split", "dev", *files, *options])
+    return [json.loads(line) for line in jsonl.read_text().splitlines()]
+
+
+SINGLE = [("1", "1"), ("1", "1.1"), ("0.8", "1"), ("0.8", "1.1")]
+
+
+def test_decoding_keeps_the_best_of_all_views(workspace, capsys):
+    every = decode_to(workspace, "every")
+    single = [
+        decode_to(workspace, "single", "--decoding.speeds", speed, "--decoding.warps", warp) for speed, warp in SINGLE
+    ]
+    for i, row in enumerate(every):
+        best = max((rows[i] for rows in single), key=lambda one: one["score"])
+        assert row == best
+    chosen = {max(range(4), key=lambda k: single[k][i]["score"]) for i in range(len(every))}
+    assert len(chosen) > 1  # so several views won
+    one_by_one = decode_to(workspace, "alone", "--decoding.frames-per-batch", "1")
+    assert [row["text"] for row in one_by_one] == [row["text"] for row in every]
+
+
+def test_a_grid_and_tuning_decode_as_decode_does(workspace, capsys):
+    model = las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
+    raw = [torch.randn(n, 20) for n in (50, 31, 90)]
+    data = Utterances(raw, list("abc"), [len(x) / 100 for x in raw], model.loaded.config.features)
+    settings = [model.settings(), replace(model.settings(), speeds=(0.8,)), replace(model.settings(), warps=(1.0,))]
+    texts = decode_grid(model.loaded, data, settings, None, "cpu")
+    for point, actual in zip(settings, texts, strict=True):
+        results = model.decode_dataset(data, model.decoder(point), progress=False)
+        assert actual == [model.loaded.vocabulary.decode(best.text_tokens) for best, *_ in results]
+    out = workspace / "table.csv"
+    checkpoint = ["--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"]
+    tune.main([*checkpoint, "--data", str(workspace / "data"), "--length-penalty", "1", "--out", str(out)])
+    (row,) = csv.DictReader(out.open())
+    capsys.readouterr()
+    decode_to(workspace, "again")
+    assert float(row["cer"]) == pytest.approx(json.loads(capsys.readouterr().out.splitlines()[-1])["cer"], abs=1e-3)
+
+
+def test_recordings_are_transcribed_and_features_decoded_in_every_view(workspace, capsys):
+    model = las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
+    path = workspace / "speech.wav"
+    write_audio(path, make_speech(2.0))
+    settings = model.loaded.config.decoding
+    several = model.transcribe(path)
+    scores = []
+    for speed, warp in SINGLE:
+        one = replace(settings, speeds=(float(speed),), warps=(float(warp),))
+        model.loaded = model.loaded._replace(config=replace(model.loaded.config, decoding=one))
+        scores.append(model.transcribe(path).segments[0].score)
+    assert several.segments[0].score == max(scores) and len(set(scores)) > 1
+    words = several.segments[0].words
+    assert all(0 <= word.start <= word.end <= several.duration + 0.1 for word in words)
+    transcribe.main([str(path), "--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"])
+    assert capsys.readouterr().out.strip() == several.text
+
+
+@pytest.mark.parametrize(
+    ("decoding", "features", "message"),
+    [
+        (DecodingConfig(speeds=()), {}, "decoding.speeds and decoding.warps need a value each; 1 means unchanged"),
+        (DecodingConfig(warps=()), {}, "decoding.speeds and decoding.warps need a value each; 1 means unchanged"),
+        (DecodingConfig(speeds=(0.4,)), {}, "decoding.speeds must be at least 0.5; got 0.4"),
+        (DecodingConfig(warps=(1.0, 1.6)), {}, "decoding.warps must be at most 1.5; got 1.6"),
+        (
+            DecodingConfig(warps=(1.1,)),
+            {"kind": "mfcc", "size": 40, "mel_bins": 23},
+            r"decoding.warps need features.mel_bins \(23\) of at least features.size \(40\); give the number of",
+        ),
+    ],
+)
+def test_views_that_cannot_be_made_are_refused(decoding, features, message):
+    with pytest.raises(InputError, match=message):
+        check(Config(decoding=decoding, features=FeatureConfig(**features)))
