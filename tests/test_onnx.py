@@ -20,8 +20,8 @@ from tiny_corpora import make_archive
 from benchmarks import onnx_texts
 from las_fast import checkpoint, export
 from las_fast.config import DecodingConfig, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
-from las_fast.data.dataset import Statistics, normalise
 from las_fast.data.features import add_deltas, compute_features
+from las_fast.data.normalisation import Statistics, normalise
 from las_fast.deploy import onnx_greedy
 from las_fast.deploy.onnx_model import onnx_models
 from las_fast.errors import InputError
