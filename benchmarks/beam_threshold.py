@@ -3,9 +3,9 @@
     python -m benchmarks.beam_threshold --checkpoint RUN|NAME --data ROOT [--thresholds 10 6 4 3 2] [--record]
     python -m benchmarks.beam_threshold
 
-The first form decodes all of a split with each threshold, and without one; the other settings are the checkpoint's. It
-then times every N-th batch (--every), all thresholds alternately, on one thread, by CPU time. Both forms print and draw
-the recorded rows, together with new ones.
+The first form decodes all of a split with each threshold, and without one, in one view; the other settings are the
+checkpoint's. It then times every N-th batch (--every), all thresholds alternately, on one thread, by CPU time. Both
+forms print and draw the recorded rows, together with new ones.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def decode(
 def measure(loaded: Loaded, dataset: SpeechDataset, thresholds: Sequence[float], options) -> Iterator[tuple]:
     """Yield a row per threshold, 0 (none) first: the columns of COLUMNS from utterances on."""
     ngram, base = fold_length_reward(
-        load_ngram_model(options.lm, loaded.config.decoding, loaded, "cpu"), loaded.config.decoding,
+        load_ngram_model(options.lm, loaded.config.decoding, loaded, "cpu"), loaded.config.decoding.one_view(),
         len(loaded.vocabulary), "cpu",
     )  # fmt: skip
     searcher = Searcher(loaded, ngram, packed_weights(loaded.model, base, "cpu"))

@@ -52,14 +52,14 @@ def decodings(base: DecodingConfig, beams: Sequence[int]) -> dict[str, DecodingC
 
     With several beams, the settings with each have its width in their names.
     """
-    attention = base.attention_only()
+    attention = replace(base.attention_only(), speeds=base.speeds, warps=base.warps)
     kinds = {"beam": attention}
     if base.ctc_weight:
         kinds["beam, CTC"] = replace(attention, ctc_weight=base.ctc_weight)
     if base.ngram_weight:
         language = {"ngram_weight": base.ngram_weight, "length_reward": base.length_reward}
         kinds |= {f"{name}, language model": replace(kind, **language) for name, kind in kinds.items()}
-    settings = {"greedy": replace(attention, beam=1)}
+    settings = {"greedy": replace(base.attention_only(), beam=1)}
     for name, kind in kinds.items():
         for beam in beams:
             numbered = name if len(beams) == 1 else name.replace("beam", f"beam {beam}")

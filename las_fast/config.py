@@ -64,7 +64,7 @@ class FeatureConfig:
     # values per frame, without deltas: mel bins, cepstral coefficients, or the size of the archive's frames
     size: int = number(80, at_least=1, at_most=10_000)
     mel_bins: int = number(80, at_least=1, at_most=10_000)  # mel filters that MFCC are computed from
-    # MFCC k is multiplied by 1 + lifter / 2 * sin(pi * k / lifter); 0: by 1. For an archive, only augment.warp uses it
+    # MFCC k is multiplied by 1 + lifter / 2 * sin(pi * k / lifter); 0: by 1. For an archive, only warping uses it
     lifter: float = number(22.0, at_most=1000)
     sample_rate: int = number(16000, at_least=1, at_most=768_000)  # Hz; audio at another rate is resampled
     window_ms: float = number(25.0, above=0, at_most=1000)  # length of the analysis window, milliseconds
@@ -271,9 +271,11 @@ class DecodingConfig:
     ngram_weight: float = 0.0  # weight of the log-probabilities of the n-gram model, if there is one
     # nats added to the score per character, to offset the n-gram model's preference for short texts
     length_reward: float = number(0.0, at_least=-1e6, at_most=1e6)
-    # each utterance is decoded at each of these speeds, 2 being twice as fast, and with each of the warps, which are
-    # factors on its frequencies; the text with the highest score is kept
+    # each utterance is decoded at each of these speeds, 2 being twice as fast, and the text with the highest score is
+    # kept
     speeds: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=2)
+    # factors on the frequencies; each speed is combined with each. For an archive, features.kind, sample_rate, mel_bins
+    # and lifter must then be those of its features
     warps: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=1.5)
     frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
     # dtype of matmuls; int8 is for the speller on a CPU and implies bf16 for the listener; auto: fp32
@@ -281,8 +283,11 @@ class DecodingConfig:
 
     def attention_only(self) -> DecodingConfig:
         """Return the settings for one search with the speller alone, without CTC and a language model."""
-        alone = {"ctc_weight": 0.0, "ngram_weight": 0.0, "length_reward": 0.0, "speeds": (1.0,), "warps": (1.0,)}
-        return dataclasses.replace(self, **alone)  # type: ignore[arg-type]
+        return dataclasses.replace(self.one_view(), ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+
+    def one_view(self) -> DecodingConfig:
+        """Return the settings for a single search, without other speeds and warps."""
+        return dataclasses.replace(self, speeds=(1.0,), warps=(1.0,))
 
 
 @dataclass(frozen=True)

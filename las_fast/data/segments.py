@@ -73,7 +73,8 @@ def segments(
             has_speech = True
             start, end = (seconds_of(first + frame, config) for frame in speech)
             offset = float(seconds_of(first + first_frame, config))
-            yield Speech(max(begin, start - EDGE), min(end + EDGE, last), cepstra(frames, config), offset)
+            own = cepstra(frames, config).clone()  # a view would keep the memory of the whole chunk
+            yield Speech(max(begin, start - EDGE), min(end + EDGE, last), own, offset)
         if mark_silence and not has_speech:
             yield NO_SPEECH
 

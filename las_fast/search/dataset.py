@@ -113,24 +113,27 @@ def decode_dataset(
     ngram, config = fold_length_reward(ngram, config, len(vocabulary), device)
     packed = packed_weights(model, config, device) if packed is None else packed
     options: dict[str, Any] = {"nbest": nbest, "ngram": ngram, "packed": packed}
+    views = views_of(config)
     decode = partial(
         _decode_batch,
         model=model,
-        config=config,
+        config=config.one_view(),
         device=device,
         with_speech_scores=speech_scores,
         words=words,
         **options,
     )
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
-    views = views_of(config)
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
         pin = torch.device(device).type == "cuda"
         for view in views:
-            for indices, decoded in decode_batches(decode, viewed(dataset, view), vocabulary, config, pin=pin):
+            seen = viewed(dataset, view)
+            for indices, decoded in decode_batches(decode, seen, vocabulary, config, pin=pin):
                 for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
-                    _check_finite(hypotheses, dataset.ids[i])
-                    results[i] = keep_better(results[i], hypotheses, view)
+                    counts = {"frames": int(dataset.frame_counts[i]), "view_frames": int(seen.frame_counts[i])}
+                    results[i] = keep_better(results[i], hypotheses, **counts, reduction=model.time_reduction)
+                    if view == views[-1]:
+                        _check_finite(results[i], dataset.ids[i])
                 bar.update(float(dataset.seconds[indices.numpy()].sum()) / len(views))
     return results
 

@@ -1,4 +1,4 @@
-"""Decode a dataset with several settings of the search, encoding each batch once."""
+"""Decode a dataset with several settings of the search, encoding each batch once per view."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def decode_grid(
     few = len(settings) <= MAX_GRAPHS
     capture = False if not few and torch.device(device).type == "cuda" else None
     V = len(loaded.vocabulary)
-    points = _folded(ngram, settings, V, device) if few else [(ngram, point) for point in settings]
+    plain = [point.one_view() for point in settings]
+    points = _folded(ngram, plain, V, device) if few else [(ngram, point) for point in plain]
 
     def decode(batch: Batch, view: View, bar: Progress) -> None:
         memory = listen(loaded.model, batch.to(device), settings[0])
         for k, (model, point) in enumerate(points):
-            if view not in views_of(point):
+            if view not in views_of(settings[k]):
                 continue
             hypotheses = beam_search(
                 loaded.model, memory, point, ngram=model, packed=packed, backend=backend, capture=capture

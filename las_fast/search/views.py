@@ -3,7 +3,8 @@
 People speak at different speeds, and their vocal tracts differ in length. Therefore an utterance can be decoded several
 times: at each speed of decoding.speeds and with each warp of decoding.warps. The view whose best hypothesis has the
 highest score is kept. For the frequency axis alone this is vocal tract length normalisation (Lee and Rose 1996,
-"Speaker normalization using efficient frequency warping procedures").
+"Speaker normalization using efficient frequency warping procedures"). Scores are sums of log-probabilities: the length
+penalty and the coverage rank hypotheses within a view, but do not choose between views.
 """
 
 from __future__ import annotations
@@ -60,21 +61,27 @@ class _Viewed:
         return self.dataset.prepare(change_speed(raw, self.view.speed))
 
 
-def keep_better(kept: list[Hypothesis], hypotheses: list[Hypothesis], view: View) -> list[Hypothesis]:
+def keep_better(
+    kept: list[Hypothesis], hypotheses: list[Hypothesis], *, frames: int, view_frames: int, reduction: int
+) -> list[Hypothesis]:
     """Return the hypotheses of one utterance whose best has the higher score; of equal ones, `kept`.
 
     Args:
-        kept:       of earlier views, best first; may be empty.
-        hypotheses: of `view`, best first. Their frames and times become those of the utterance at its own speed.
+        kept:        of earlier views, best first; may be empty.
+        hypotheses:  of another view, best first. Their frames and times become those of the utterance.
+        frames:      feature frames of the utterance.
+        view_frames: feature frames of that view.
+        reduction:   feature frames per encoder frame.
     """
     if kept and kept[0].score >= hypotheses[0].score:
         return kept
-    return [_at_own_speed(h, view.speed) for h in hypotheses]
+    if frames == view_frames:
+        return hypotheses
+    return [_at_own_speed(h, frames / view_frames, last=-(-frames // reduction) - 1) for h in hypotheses]
 
 
-def _at_own_speed(hypothesis: Hypothesis, speed: float) -> Hypothesis:
-    if speed == 1:
-        return hypothesis
-    frames = [int(frame * speed) for frame in hypothesis.attended_frames]
-    words = tuple(dataclasses.replace(w, start=w.start * speed, end=w.end * speed) for w in hypothesis.words)
+def _at_own_speed(hypothesis: Hypothesis, factor: float, *, last: int) -> Hypothesis:
+    """Multiply times by a factor; an encoder frame becomes the one, at most `last`, in which its centre lies then."""
+    frames = [min(last, int((frame + 0.5) * factor)) for frame in hypothesis.attended_frames]
+    words = tuple(dataclasses.replace(w, start=w.start * factor, end=w.end * factor) for w in hypothesis.words)
     return dataclasses.replace(hypothesis, attended_frames=frames, words=words)

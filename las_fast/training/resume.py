@@ -37,7 +37,7 @@ def check_same_settings(saved: dict, current: dict, path: Path, *, kind: str = "
         saved:   settings of the checkpoint, as plain data.
         current: settings of the resumed training, as plain data.
         path:    the checkpoint, for the error.
-        kind:    of the corpus, "audio" or "features"; with "features", only augment.warp uses features.kind and lifter.
+        kind:    of the corpus, "audio" or "features"; with "features", only warping uses features.kind and lifter.
     """
     before, after = dict(flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(flatten(saved)), dict(flatten(current))
     ends_before, ends_after = (  # epochs at which cycles end
@@ -45,7 +45,8 @@ def check_same_settings(saved: dict, current: dict, path: Path, *, kind: str = "
     )
     longer = ends_after[: len(ends_before)] == ends_before
     free = {*FREE_TO_CHANGE} | ({"training.epochs", "training.restarts"} if longer else set())
-    free |= {"features.kind", "features.lifter"} if kind == "features" and not after["augment.warp"] else set()
+    warps = after["augment.warp"] or {*after["decoding.warps"]} != {1.0}
+    free |= {"features.kind", "features.lifter"} if kind == "features" and not warps else set()
     for key, value in after.items():
         section, _, name = key.rpartition(".")
         smaller = section == "data" and name in BATCH_SIZES and value < before[key]

@@ -154,7 +154,15 @@ def test_segments_do_not_depend_on_blocks():
         actual = list(segments(blocks(samples, size), CONFIG))
         assert [(s.start, s.end) for s in actual] == [(s.start, s.end) for s in whole]
         for a, b in zip(actual, whole, strict=True):
-            torch.testing.assert_close(a.frames, b.frames, rtol=1e-2, atol=1e-2)
+            inputs = (model_input(one.frames, CONFIG) for one in (a, b))
+            torch.testing.assert_close(*inputs, rtol=1e-2, atol=1e-2)
+
+
+def test_a_segment_keeps_no_more_memory_than_its_frames():
+    samples = joined(hiss(8.0), make_speech(1.0), hiss(8.0))
+    for config in (CONFIG, FeatureConfig(kind="mfcc", size=13, mel_bins=40)):
+        (segment,) = segments([samples], config)
+        assert segment.frames.untyped_storage().nbytes() == 4 * segment.frames.numel()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +15,20 @@ from tiny_corpora import make_manifest, make_speech, write_audio
 
 import las_fast
 from las_fast import decode, transcribe, tune
-from las_fast.config import Config, DecodingConfig, FeatureConfig, check
-from las_fast.data.augment import change_speed
+from las_fast.config import Config, DecodingConfig, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig, check
+from las_fast.data.augment import change_speed, frame_counts_at_speed
 from las_fast.data.normalisation import model_input
 from las_fast.data.warp import warp_frequencies
 from las_fast.errors import InputError
+from las_fast.model.las import LAS
 from las_fast.output.transcripts import Word
 from las_fast.search.beam import Hypothesis
-from las_fast.search.dataset import Utterances
+from las_fast.search.confidence import load_calibration
+from las_fast.search.dataset import Utterances, decode_dataset
 from las_fast.search.grid import decode_grid
 from las_fast.search.views import PLAIN, View, keep_better, viewed, views_of
+from las_fast.search.words import MIN_WORD, WordFinder
+from las_fast.text import Vocabulary
 
 CONFIG = FeatureConfig(kind="mfcc", size=20, mel_bins=23, deltas=1)
 
@@ -52,20 +58,45 @@ def test_a_view_changes_the_raw_frames_before_they_are_normalised():
 
 def test_the_higher_score_is_kept_and_of_equal_ones_the_first():
     first, equal, better = [hypothesis(-2.0)], [hypothesis(-2.0, (1,))], [hypothesis(-1.0), hypothesis(-3.0)]
-    assert keep_better([], first, PLAIN) == first
-    assert keep_better(first, equal, PLAIN) is first
-    assert keep_better(first, better, PLAIN) == better
-    assert keep_better(better, first, PLAIN) is better
+    impossible = [hypothesis(-math.inf)]
+    same = {"frames": 40, "view_frames": 40, "reduction": 2}
+    assert keep_better([], first, **same) is first
+    assert keep_better(first, equal, **same) is first
+    assert keep_better(first, better, **same) is better
+    assert keep_better(better, first, **same) is better
+    assert keep_better(impossible, first, **same) is first and keep_better(first, impossible, **same) is first
 
 
-@pytest.mark.parametrize("speed", [0.5, 0.8, 0.9, 1.1, 1.7])
-def test_frames_and_times_are_those_of_the_utterance_at_its_own_speed(speed):
-    length = 40  # encoder frames at its own speed
-    last = round(length / speed) - 1
-    word = Word("AB", 1.0, 1.5, 0.7)
-    (kept,) = keep_better([], [hypothesis(-1.0, (0, last), [word])], View(speed, 1.0))
-    assert kept.attended_frames[0] == 0 and length - 2 - speed <= kept.attended_frames[1] < length
-    assert kept.words == (Word("AB", speed, 1.5 * speed, 0.7),)
+@pytest.mark.parametrize("reduction", [1, 4])
+@pytest.mark.parametrize("frames", [1, 2, 3, 40, 103])
+@pytest.mark.parametrize("speed", [0.5, 0.8, 0.9, 1.1, 1.7, 2.0])
+def test_frames_and_times_are_those_of_the_utterance_at_its_own_speed(speed, frames, reduction):
+    view_frames = int(frame_counts_at_speed(frames, speed))
+    attended = range(-(-view_frames // reduction))
+    word = Word("AB", 0.0, 0.01 * view_frames, 0.7)  # all of the view
+    sizes = {"frames": frames, "view_frames": view_frames, "reduction": reduction}
+    (kept,) = keep_better([], [hypothesis(-1.0, attended, [word])], **sizes)
+    last = -(-frames // reduction) - 1
+    for frame, actual in zip(attended, kept.attended_frames, strict=True):
+        centre = (frame + 0.5) * frames / view_frames  # in encoder frames of the utterance
+        assert actual <= centre < actual + 1 or actual == last < centre
+    (moved,) = kept.words
+    assert (moved.text, moved.start, moved.confidence) == ("AB", 0.0, 0.7)
+    assert moved.end == pytest.approx(0.01 * frames)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_the_shortest_utterances_can_be_decoded_in_every_view(frames):
+    torch.manual_seed(1)
+    config = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), SpellerConfig(8, 8, 8, (8, 8)), ctc_layer=1)
+    vocabulary = Vocabulary("AB ")
+    model = LAS(config, input_size=40, vocabulary_size=len(vocabulary)).eval()
+    data = Utterances([torch.randn(frames, 20)], ["a"], [frames / 100], CONFIG)
+    settings = DecodingConfig(beam=3, ctc_weight=0.3, speeds=(2.0, 0.5, 1.0), warps=(0.9, 1.1))
+    words = WordFinder(model, vocabulary, load_calibration(Path("none.safetensors")), frame_shift=0.01)
+    ((best, *_),) = decode_dataset(model, data, vocabulary, settings, words=words, progress=False, device="cpu")
+    assert all(0 <= frame <= (frames - 1) // model.time_reduction for frame in best.attended_frames)
+    assert all(0 <= word.start < word.end <= frames / 100 + MIN_WORD for word in best.words)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +164,7 @@ def test_recordings_are_transcribed_and_features_decoded_in_every_view(workspace
         scores.append(model.transcribe(path).segments[0].score)
     assert several.segments[0].score == max(scores) and len(set(scores)) > 1
     words = several.segments[0].words
-    assert all(0 <= word.start <= word.end <= several.duration + 0.1 for word in words)
+    assert words and all(0 <= word.start <= word.end <= several.duration for word in words)
     transcribe.main([str(path), "--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"])
     assert capsys.readouterr().out.strip() == several.text
 
