@@ -15,7 +15,7 @@ from tiny_checkpoints import bare_trainer, make_trainer, small
 
 from las_fast import progress
 from las_fast.checkpoint import Loaded, load_model
-from las_fast.config import AugmentConfig
+from las_fast.config import AugmentConfig, DecodingConfig
 from las_fast.data.normalisation import Statistics
 from las_fast.errors import InputError, Stopped
 from las_fast.output.metrics import Scores
@@ -575,15 +575,15 @@ def test_the_kind_of_features_may_differ_where_an_archive_has_computed_them():
 
 
 @pytest.mark.parametrize(("name", "before", "after"), [("kind", "mfcc", "logmel"), ("lifter", 22.0, 0.0)])
-def test_augment_warp_needs_the_kind_and_the_lifter_of_before(name, before, after):
-    for warp in (0.0, 0.1):
+def test_warping_needs_the_kind_and_the_lifter_of_before(name, before, after):
+    for warp, views in ((0.0, (1.0,)), (0.1, (1.0,)), (0.0, (1.0, 1.1))):
+        sections = {"augment": AugmentConfig(warp=warp), "decoding": DecodingConfig(warps=views)}
         then, now = (
-            to_tree(small(features=replace(small().features, **{name: value}), augment=AugmentConfig(warp=warp)))
-            for value in (before, after)
+            to_tree(small(features=replace(small().features, **{name: value}), **sections)) for value in (before, after)
         )
         with (
             pytest.raises(InputError, match=f"features.{name} = {before}, not {after}")
-            if warp
+            if warp or len(views) > 1
             else contextlib.nullcontext()
         ):
             check_same_settings(then, now, Path("last.pt"), kind="features")
