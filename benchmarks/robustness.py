@@ -223,18 +223,18 @@ def make_datasets(
     The checkpoints have the sample rate of the recordings.
     """
     kinds = {input_settings(loaded): loaded for loaded in checkpoints}
-    inputs: dict[tuple, list[torch.Tensor]] = {kind: [] for kind in kinds}
+    frames: dict[tuple, list[torch.Tensor]] = {kind: [] for kind in kinds}
     seconds = []
     for i in track(range(len(utterances)), condition, "utterances"):
         samples = changed(recordings, utterances, i, condition)
         seconds.append(len(samples) / recordings.rate)
         for kind, loaded in kinds.items():
-            inputs[kind].append(make_frames(loaded, samples))
-    assert all(len(some) == len(utterances) and all(bool(x.isfinite().all()) for x in some) for some in inputs.values())
+            frames[kind].append(make_frames(loaded, samples))
+    assert all(len(some) == len(utterances) and all(bool(x.isfinite().all()) for x in some) for some in frames.values())
     ids = [u.id for u in utterances]
     datasets = {
         kind: Utterances(some, ids, seconds, kinds[kind].config.features, kinds[kind].statistics)
-        for kind, some in inputs.items()
+        for kind, some in frames.items()
     }
     return [datasets[input_settings(loaded)] for loaded in checkpoints]
 

@@ -45,7 +45,7 @@ def pad(samples: np.ndarray, rate: int, seconds: float, db: float | None, seed: 
 def padded_frames(
     loaded: Loaded, utterances: list[Utterance], seconds: float, db: float | None
 ) -> Iterator[tuple[torch.Tensor, float]]:
-    """Yield the frames (T, F), before normalisation, and the duration in seconds of each utterance with silence."""
+    """Yield the raw frames (T, F) and the duration in seconds of each utterance with silence around it."""
     config = loaded.config.features
     for seed, utterance in enumerate(track(utterances, f"{seconds} s of {db} dB", "utterances")):
         samples = pad(load_utterance(utterance, config.sample_rate), config.sample_rate, seconds, db, seed)

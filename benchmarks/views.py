@@ -44,17 +44,17 @@ SPEEDS_AND_WARPS = (
 CHUNKS = 8  # parts of the utterances that are decoded in turn
 
 
-def pairs_of(speeds: Sequence[list[float]] | None, warps: Sequence[list[float]] | None) -> list[tuple]:
-    """Return the speeds and the warps of each row.
+def pairs_of(speeds: Sequence[list[float]], warps: Sequence[list[float]]) -> list[tuple]:
+    """Return the speeds and the warps of each row; SPEEDS_AND_WARPS if there are none.
 
     Raises:
         InputError: there are more of --speeds than of --warps, or the reverse.
     """
     if not speeds and not warps:
         return [*SPEEDS_AND_WARPS]
-    if len(speeds or ()) != len(warps or ()):
-        raise InputError(f"each --speeds needs its --warps; got {len(speeds or ())} and {len(warps or ())}")
-    return [(tuple(s), tuple(w)) for s, w in zip(speeds or (), warps or (), strict=True)]
+    if len(speeds) != len(warps):
+        raise InputError(f"each --speeds needs its --warps; got {len(speeds)} and {len(warps)}")
+    return [(tuple(s), tuple(w)) for s, w in zip(speeds, warps, strict=True)]
 
 
 def measure(
@@ -110,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_split_options(parser, FILE, on_bad=True)
     parser.add_argument("--by", default="", help="manifest column to divide the split by")
-    parser.add_argument("--speeds", type=float, nargs="+", action="append", metavar="X", help="of a row")
-    parser.add_argument("--warps", type=float, nargs="+", action="append", metavar="X", help="of the same row")
+    for name in ("--speeds", "--warps"):
+        parser.add_argument(name, type=float, nargs="+", action="append", default=[], metavar="X", help="of a row")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     loaded = load_model(options.checkpoint)

@@ -271,11 +271,10 @@ class DecodingConfig:
     ngram_weight: float = 0.0  # weight of the log-probabilities of the n-gram model, if there is one
     # nats added to the score per character, to offset the n-gram model's preference for short texts
     length_reward: float = number(0.0, at_least=-1e6, at_most=1e6)
-    # each utterance is decoded at each of these speeds, 2 being twice as fast, and the text with the highest score is
-    # kept
+    # each utterance is decoded at each of these speeds (2: twice as fast); the text with the highest score is kept
     speeds: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=2)
-    # factors on the frequencies; each speed is combined with each. For an archive, features.kind, sample_rate, mel_bins
-    # and lifter must then be those of its features
+    # factors on the frequencies, each combined with each speed. If one is not 1, features.kind, sample_rate, mel_bins
+    # and lifter must be those of an archive's features
     warps: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=1.5)
     frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
     # dtype of matmuls; int8 is for the speller on a CPU and implies bf16 for the listener; auto: fp32
@@ -420,22 +419,19 @@ def _model_rules(config: Config) -> list[Rule]:
 
 def _feature_rules(config: Config) -> list[Rule]:
     features, augment = config.features, config.augment
+    can_warp = features.kind == "logmel" or features.size <= features.mel_bins
+    enough_bins = (
+        f"features.mel_bins ({features.mel_bins}) of at least features.size ({features.size}); "
+        "give the number of mel filters of the MFCC"
+    )
     return [
         (features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
         (
             not 0 < features.lifter < 1,
             f"features.lifter must be 0 for none, or at least 1; got {features.lifter:g}",
         ),
-        (
-            not augment.warp or features.kind == "logmel" or features.size <= features.mel_bins,
-            f"augment.warp needs features.mel_bins ({features.mel_bins}) of at least features.size ({features.size}); "
-            "give the number of mel filters of the MFCC",
-        ),
-        (
-            set(config.decoding.warps) <= {1.0} or features.kind == "logmel" or features.size <= features.mel_bins,
-            f"decoding.warps need features.mel_bins ({features.mel_bins}) of at least features.size ({features.size}); "
-            "give the number of mel filters of the MFCC",
-        ),
+        (not augment.warp or can_warp, f"augment.warp needs {enough_bins}"),
+        (set(config.decoding.warps) <= {1.0} or can_warp, f"decoding.warps need {enough_bins}"),
         (
             bool(config.decoding.speeds and config.decoding.warps),
             "decoding.speeds and decoding.warps need a value each; 1 means unchanged",

@@ -1,8 +1,8 @@
 """python -m las_fast.tune: find the best settings of the search on a development split.
 
 Each batch is encoded once, or once per view (decoding.speeds and warps of the checkpoint), and searched with every
-combination of the given values. The table is sorted by CER, best
-first. The last line printed has the options to add to las_fast.decode. Do not tune on the split that you report.
+combination of the given values. The table is sorted by CER, best first. The last line printed has the options to add to
+las_fast.decode. Do not tune on the split that you report.
 """
 
 from __future__ import annotations

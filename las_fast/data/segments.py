@@ -2,7 +2,7 @@
 
 Models are trained on single utterances. Therefore a recording is cut at its quietest points into chunks of at most 20
 seconds, and each chunk is cut at pauses of a second or more into segments, with half a second of silence around them.
-Each segment is to be normalised separately. A short recording without such pauses has the same frames as in training.
+The caller normalises each segment separately. A short recording without such pauses has the same frames as in training.
 """
 
 from __future__ import annotations
