@@ -197,7 +197,7 @@ def _frames(corpus: Corpus) -> str:
 
 def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
     """Raise InputError if the initial checkpoint does not fit the training: other characters or features, or layers
-    that the model does not have."""
+    that the model does not have. features.shift_ms may differ: a shorter shift is like slower speech."""
     trained = init.config.features
     if corpus.feature_size not in (None, trained.size):
         raise InputError(
@@ -207,6 +207,7 @@ def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
     pairs = {f"features.{name}": (value, getattr(config.features, name)) for name, value in vars(trained).items()}
     if corpus.feature_size is not None:  # the other fields are about computing features, which the archive has
         pairs = {name: pairs[name] for name in ("features.size", "features.normalisation", "features.deltas")}
+    pairs.pop("features.shift_ms", None)
     pairs["data.characters"] = (init.config.data.characters, config.data.characters)
     before, now = init.config.model.listener, config.model.listener
     pairs["model.listener.pyramids"] = (before.pyramids, now.pyramids)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_checkpoints import MODEL, make_checkpoint
@@ -364,6 +365,18 @@ def test_a_checkpoint_of_other_features_names_what_to_give(archive, tmp_path, pa
         train.main(arguments("finetune", other, tmp_path / "run", "--init", str(parent)))
     with pytest.raises(InputError, match="was trained with features.deltas 0, not 1; give --config finetune"):
         train.main(arguments("tiny", archive, tmp_path / "run", "--init", str(parent), "--features.deltas", "1"))
+
+
+def test_the_frame_shift_may_differ_from_that_of_the_initial_checkpoint(parent):
+    from las_fast.checkpoint import load_model
+
+    init = load_model(parent)
+    recordings = SimpleNamespace(feature_size=None, name="recordings")
+    slower = replace(init.config, features=replace(init.config.features, shift_ms=8.0))
+    adapt.check_init(init, slower, recordings)
+    wider = replace(init.config, features=replace(init.config.features, window_ms=32.0))
+    with pytest.raises(InputError, match="was trained with features.window_ms 25.0, not 32.0"):
+        adapt.check_init(init, wider, recordings)
 
 
 # ------------------------------------------------------------------------------------------------- launchers, packages
