@@ -47,6 +47,15 @@ def add_beam_options(parser: argparse.ArgumentParser, *, beam: int | None = None
     )
 
 
+def add_view_options(parser: argparse.ArgumentParser) -> None:
+    """Add --speeds and --warps, by default None."""
+    for name, help in (
+        ("--speeds", "decode at each of these speeds, 2: twice as fast, and keep the likeliest text"),
+        ("--warps", "decode with each of these factors on the frequencies, and keep the likeliest text"),
+    ):
+        parser.add_argument(name, type=float, nargs="+", metavar="X", help=f"{help} (default: the checkpoint's)")
+
+
 def check_beam_options(options: argparse.Namespace) -> None:
     """Raise InputError if --beam or --beam-threshold is out of range."""
     beam, threshold = options.beam, options.beam_threshold

@@ -46,12 +46,19 @@ LanguageModel = StrPath | Literal[False] | None
 Item = TypeVar("Item")  # a recording
 
 
-class SearchOptions(TypedDict, total=False):
-    """Options of Recogniser.transcribe, which documents them."""
+class SettingsOptions(TypedDict, total=False):
+    """Options of Recogniser.transcribe that replace decoding settings of the checkpoint."""
 
     beam: int | None
     beam_threshold: float | None
+    speeds: Sequence[float] | None
+    warps: Sequence[float] | None
     lm: LanguageModel
+
+
+class SearchOptions(SettingsOptions, total=False):
+    """Options of Recogniser.transcribe, which documents them."""
+
     nbest: int
     min_speech_score: float
     vad: str
@@ -119,6 +126,8 @@ class Recogniser:
         *,
         beam: int | None = None,
         beam_threshold: float | None = None,
+        speeds: Sequence[float] | None = None,
+        warps: Sequence[float] | None = None,
         lm: LanguageModel = None,
         nbest: int = 1,
         min_speech_score: float = MIN_SPEECH_SCORE,
@@ -136,6 +145,9 @@ class Recogniser:
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
             beam_threshold:   hypotheses more than this many nats below the best one are dropped; 0: none is; by default
                               that of the checkpoint's settings.
+            speeds, warps:    each segment is decoded at each of these speeds (2: twice as fast) with each of these
+                              factors on its frequencies, and the text with the highest score is kept; by default those
+                              of the checkpoint's settings. (1,) and (1,) decode it once, as it is.
             lm:               file of a language model, or name of a released one; its weight is 0.1 unless the settings
                               have one. None: that of the settings; False: no language model.
             nbest:            maximum hypotheses returned per segment, at most the beam; fewer if the search has dropped
@@ -151,7 +163,14 @@ class Recogniser:
         audio = to_audio(recording, sample_rate)
         messages: list[str] = []
         options = SearchOptions(
-            beam=beam, beam_threshold=beam_threshold, lm=lm, nbest=nbest, min_speech_score=min_speech_score, vad=vad
+            beam=beam,
+            beam_threshold=beam_threshold,
+            speeds=speeds,
+            warps=warps,
+            lm=lm,
+            nbest=nbest,
+            min_speech_score=min_speech_score,
+            vad=vad,
         )
         ((_, transcript),) = self.transcribe_all([audio], **options, warn=messages.append)
         if transcript.noise:
@@ -171,7 +190,7 @@ class Recogniser:
         Segments of several recordings are decoded in one batch, which is faster than calling `transcribe` for each.
 
         Args:
-            recordings:   each as in `transcribe`, which also has beam, beam_threshold, lm, nbest,
+            recordings:   each as in `transcribe`, which also has beam, beam_threshold, speeds, warps, lm, nbest,
                           min_speech_score and vad.
             skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising; default False.
             pool_seconds: seconds of speech decoded together; default 600.
@@ -195,10 +214,8 @@ class Recogniser:
         self,
         features: Array,
         *,
-        beam: int | None = None,
-        beam_threshold: float | None = None,
-        lm: LanguageModel = None,
         nbest: int = 1,
+        **options: Unpack[SettingsOptions],
     ) -> list[Hypothesis]: ...
 
     @overload
@@ -206,28 +223,24 @@ class Recogniser:
         self,
         features: Sequence[Array],
         *,
-        beam: int | None = None,
-        beam_threshold: float | None = None,
-        lm: LanguageModel = None,
         nbest: int = 1,
+        **options: Unpack[SettingsOptions],
     ) -> list[list[Hypothesis]]: ...
 
     def decode(
         self,
         features: Array | Sequence[Array],
         *,
-        beam: int | None = None,
-        beam_threshold: float | None = None,
-        lm: LanguageModel = None,
         nbest: int = 1,
+        **options: Unpack[SettingsOptions],
     ) -> list[Hypothesis] | list[list[Hypothesis]]:
         """Decode the features of an utterance, or of a list of utterances in batches.
 
         Args:
             features: array or tensor (T, F) of feature frames before normalisation and deltas, F as in training; or a
                       list of them.
-            beam, beam_threshold, lm: as in `transcribe`.
             nbest:    maximum hypotheses returned per utterance, as in `transcribe`.
+            options:  beam, beam_threshold, speeds, warps and lm, as in `transcribe`.
 
         Returns:
             Hypotheses, best first; for a list of utterances, a list of these.
@@ -235,7 +248,7 @@ class Recogniser:
         Raises:
             InputError: the features or an option are invalid, or an utterance does not fit in memory.
         """
-        decoder = self.decoder(self.settings(beam=beam, beam_threshold=beam_threshold, lm=lm), lm)
+        decoder = self.decoder(self.settings(**options), options.get("lm"))
         check_nbest(nbest, decoder.config.beam)
         if not isinstance(features, (list, tuple)):
             return self._decode(self._utterances({"features": features}), decoder, nbest)[0]
@@ -274,9 +287,6 @@ class Recogniser:
     def transcription(
         self,
         *,
-        beam: int | None = None,
-        beam_threshold: float | None = None,
-        lm: LanguageModel = None,
         nbest: int = 1,
         min_speech_score: float = MIN_SPEECH_SCORE,
         vad: str = "energy",
@@ -284,6 +294,7 @@ class Recogniser:
         pool_seconds: float = POOL_SECONDS,
         warn: Callable[[str], None] = warnings.warn,
         on_audio: Callable[[float], None] = lambda seconds: None,
+        **options: Unpack[SettingsOptions],
     ) -> Transcription:
         """Prepare a call of `transcribe_all`, with the same options and errors."""
         check_number("min_speech_score", min_speech_score)
@@ -291,7 +302,7 @@ class Recogniser:
         if warning := self.features_warning():
             warn(warning)
         check_vad(vad)
-        decoder = self.decoder(self.settings(beam=beam, beam_threshold=beam_threshold, lm=lm), lm)
+        decoder = self.decoder(self.settings(**options), options.get("lm"))
         check_nbest(nbest, decoder.config.beam)
         return Transcription(
             features=self.loaded.config.features,
@@ -316,11 +327,15 @@ class Recogniser:
         )
 
     def settings(
-        self, *, beam: int | None = None, beam_threshold: float | None = None, lm: LanguageModel = None
+        self,
+        *,
+        beam: int | None = None,
+        beam_threshold: float | None = None,
+        speeds: Sequence[float] | None = None,
+        warps: Sequence[float] | None = None,
+        lm: LanguageModel = None,
     ) -> DecodingConfig:
-        """Return the decoding settings of the checkpoint with another beam, threshold or language model.
-
-        The arguments are those of `transcribe`.
+        """Return the decoding settings of the checkpoint, with what the arguments, those of `transcribe`, replace.
 
         Raises:
             InputError: an argument is invalid.
@@ -333,9 +348,14 @@ class Recogniser:
             raise InputError(f"lm must be a path, the name of a released model, None or False; got {type_name(lm)}")
         decoding = self.loaded.config.decoding
         decoding = replace(decoding, ngram_weight=0.0) if lm is False else with_default_weight(decoding, lm)
-        decoding = replace(decoding, beam=decoding.beam if beam is None else int(beam))
+        if beam is not None:
+            decoding = replace(decoding, beam=int(beam))
         if beam_threshold is not None:
             decoding = replace(decoding, beam_threshold=float(beam_threshold))
+        if speeds is not None:
+            decoding = replace(decoding, speeds=as_numbers("speeds", speeds))
+        if warps is not None:
+            decoding = replace(decoding, warps=as_numbers("warps", warps))
         return check_decoding(self.loaded.config, decoding)
 
     def decoder(self, decoding: DecodingConfig, lm: LanguageModel = None) -> Decoder:
@@ -419,6 +439,16 @@ def check_number(name: str, value: object, *, minimum: float = -math.inf) -> Non
     if not isinstance(value, Real) or not float(value) >= minimum:
         limit = f" of at least {minimum:g}" if math.isfinite(minimum) else ""
         raise InputError(f"{name} must be a number{limit}; got {value!r}")
+
+
+def as_numbers(name: str, values: object) -> tuple[float, ...]:
+    """Return a list of numbers as a tuple of float; raise InputError if it is something else."""
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+        raise InputError(f"{name} must be a list of numbers; got {values!r}")
+    numbers = tuple(values)
+    for value in numbers:
+        check_number(name, value)
+    return tuple(map(float, numbers))
 
 
 def check_nbest(nbest: int, beam: int) -> None:

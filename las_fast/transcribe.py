@@ -19,6 +19,7 @@ from las_fast.arguments import (
     add_device_option,
     add_lm_option,
     add_vad_option,
+    add_view_options,
     as_output,
     as_recording,
     check_beam_options,
@@ -86,6 +87,7 @@ def parser() -> Parser:
     add("--word-times", action="store_true", help="with vtt: a time tag per word, for players that highlight words")
     add("--nbest", type=int, default=1, metavar="N", help="with json: maximum hypotheses per segment (default: 1)")
     add_beam_options(parser)
+    add_view_options(parser)
     add_lm_option(parser)
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help="leave out segments with a lower speech score, which are mostly noise; no effect without a CTC head "
@@ -218,6 +220,8 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
             paths,
             beam=options.beam,
             beam_threshold=options.beam_threshold,
+            speeds=options.speeds,
+            warps=options.warps,
             lm=options.lm,
             nbest=options.nbest,
             min_speech_score=options.min_speech_score,

@@ -19,7 +19,14 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from las_fast.arguments import add_beam_options, add_device_option, add_lm_option, add_vad_option, check_beam_options
+from las_fast.arguments import (
+    add_beam_options,
+    add_device_option,
+    add_lm_option,
+    add_vad_option,
+    add_view_options,
+    check_beam_options,
+)
 from las_fast.cli import run
 from las_fast.errors import InputError, print_error, show
 from las_fast.files import DEFAULT_MODEL
@@ -46,6 +53,7 @@ def parser() -> Parser:
     add("--port", type=int, default=8000, help="port to listen on; 0 chooses a free one (default: 8000)")
     add_options(parser)
     add_beam_options(parser)
+    add_view_options(parser)
     add_lm_option(parser)
     add("--batch-seconds", type=float, default=60.0, metavar="N",
         help="seconds of speech decoded together; 0: one segment at a time (default: 60)")  # fmt: skip
@@ -74,10 +82,18 @@ def main(argv: list[str] | None = None) -> None:
     with listen(options.host, options.port) as listener:  # before the model is loaded, which takes seconds
         return_freed_memory()
         model, name = open_model(options)
+        from las_fast.recogniser import SettingsOptions
         from las_fast.serve.app import Service
         from las_fast.serve.batcher import Batcher
 
-        beam = model.settings(beam=options.beam, beam_threshold=options.beam_threshold, lm=options.lm).beam
+        search = SettingsOptions(
+            beam=options.beam,
+            beam_threshold=options.beam_threshold,
+            speeds=options.speeds,
+            warps=options.warps,
+            lm=options.lm,
+        )
+        beam = model.settings(**search).beam
         nbest = options.nbest or min(NBEST, beam)
         if nbest > beam:
             raise InputError(f"--nbest {nbest} needs a beam at least as wide; add --beam {nbest}")
@@ -85,9 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             model,
             max_seconds=limits.max_seconds,
             round_seconds=options.batch_seconds,
-            beam=options.beam,
-            beam_threshold=options.beam_threshold,
-            lm=options.lm,
+            **search,
             nbest=nbest,
             min_speech_score=options.min_speech_score,
             vad=options.vad,

@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_checkpoints import make_checkpoint
@@ -155,18 +156,25 @@ def test_recordings_are_transcribed_and_features_decoded_in_every_view(workspace
     model = las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
     path = workspace / "speech.wav"
     write_audio(path, make_speech(2.0))
-    settings = model.loaded.config.decoding
     several = model.transcribe(path)
-    scores = []
-    for speed, warp in SINGLE:
-        one = replace(settings, speeds=(float(speed),), warps=(float(warp),))
-        model.loaded = model.loaded._replace(config=replace(model.loaded.config, decoding=one))
-        scores.append(model.transcribe(path).segments[0].score)
-    assert several.segments[0].score == max(scores) and len(set(scores)) > 1
+    single = {
+        one: model.transcribe(path, speeds=[float(one[0])], warps=np.array([one[1]], np.float64)) for one in SINGLE
+    }
+    scores = {one: transcript.segments[0].score for one, transcript in single.items()}
+    assert several.segments[0].score == max(scores.values()) and len(set(scores.values())) > 1
     words = several.segments[0].words
     assert words and all(0 <= word.start <= word.end <= several.duration for word in words)
-    transcribe.main([str(path), "--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"])
+    command = [str(path), "--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"]
+    transcribe.main(command)
     assert capsys.readouterr().out.strip() == several.text
+    worst = min(scores, key=scores.__getitem__)
+    assert single[worst].text != several.text
+    transcribe.main([*command, "--speeds", worst[0], "--warps", worst[1]])
+    assert capsys.readouterr().out.strip() == single[worst].text
+    frames = np.random.default_rng(0).standard_normal((80, 20))
+    every, plain = model.decode(frames), model.decode(frames, speeds=(1,), warps=(1,))
+    assert every[0].score >= plain[0].score
+    assert model.decode([frames], speeds=(1.0, 0.8), warps=(1.0, 1.1))[0][0].score == every[0].score
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,13 @@ def test_a_wide_nbest_needs_a_wide_beam(tmp_path):
         serve.main([*argv, "--nbest", "3"])
 
 
+@pytest.mark.parametrize("option", ["--speeds", "--warps"])
+def test_views_reach_the_search(tmp_path, option):
+    argv = ["--port", "0", "--checkpoint", str(make_checkpoint(tmp_path, 20, mel_bins=23)), "--device", "cpu"]
+    with pytest.raises(InputError, match=f"decoding.{option[2:]} must be at least 0.5; got 0.4$"):
+        serve.main([*argv, option, "1", "0.4"])
+
+
 @pytest.mark.parametrize("name", ["best.safetensors", "averaged.safetensors"])
 def test_a_model_in_a_run_folder_has_the_name_of_the_folder(tmp_path, monkeypatch, name):
     folder = tmp_path / "mine"
