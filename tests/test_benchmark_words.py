@@ -10,8 +10,13 @@ import soundfile
 import torch
 from tiny_corpora import make_speech
 
-from benchmarks import words as command
-from benchmarks.words import area_under_roc, count_disorder, expected_calibration_error, fit, matches
+from benchmarks.words import confidence as module
+from benchmarks.words import fitting
+from benchmarks.words.__main__ import main
+from benchmarks.words.alignment import count_disorder, matches, right_words
+from benchmarks.words.fitting import fit
+from benchmarks.words.quality import area_under_roc, expected_calibration_error, perfect_calibration_error
+from benchmarks.words.recordings import cut_to_speech, join, joined_recordings, synthetic_recordings
 from las_fast.checkpoint import load_model
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Utterance
@@ -66,7 +71,7 @@ PRIOR = Weights(0.5, {"end": 0.8, "ctc": -1.0, "known": 2.0}, {"end": 1.0, "ctc"
 
 def test_a_scale_and_a_bias_are_found_and_weights_without_a_feature_are_dropped():
     features, right = words_of(PRIOR, factor=0.5, bias=1.5, count=50_000)
-    found = command.fit_scale(features, right, PRIOR)
+    found = fitting.fit_scale(features, right, PRIOR)
     assert found.weights == pytest.approx({"end": 0.4, "ctc": -0.5}, abs=0.02)
     assert found.bias == pytest.approx(0.5 * 0.5 + 1.5, abs=0.05)
     assert found.means == {"end": 1.0, "ctc": -3.0}
@@ -78,9 +83,9 @@ def test_few_wrong_words_change_only_the_bias_and_scale_of_a_prior():
     few, many = (np.sort(np.append(rare[:n], np.flatnonzero(right))) for n in (19, 20))  # two weights
     for rows, is_scaled in ((few, True), (many, False)):
         part = {name: x[rows] for name, x in features.items()}
-        weights = command.fit_sparingly(part, right[rows], PRIOR).weights
+        weights = fitting.fit_sparingly(part, right[rows], PRIOR).weights
         assert (weights["end"] / weights["ctc"] == pytest.approx(-0.8, abs=1e-3)) == is_scaled
-    assert command.fit_sparingly(part, right[rows], None) == fit(part, right[rows], None, 3.0)
+    assert fitting.fit_sparingly(part, right[rows], None) == fit(part, right[rows], None, 3.0)
 
 
 def test_each_word_is_judged_by_a_fit_to_other_utterances(monkeypatch):
@@ -91,15 +96,15 @@ def test_each_word_is_judged_by_a_fit_to_other_utterances(monkeypatch):
         seen.append(set(features["utterance"].tolist()))
         return lambda inside: np.array([u in seen[-1] for u in inside["utterance"]])
 
-    monkeypatch.setattr(command, "fit_sparingly", fake)
-    values = command.cross_validated({"utterance": utterance}, utterance > 5, utterance, None, seed=1)
+    monkeypatch.setattr(fitting, "fit_sparingly", fake)
+    values = fitting.cross_validated({"utterance": utterance}, utterance > 5, utterance, None, seed=1)
     assert not values.any() and len(seen) == 5
     assert sorted(len(part) for part in seen) == [9, 9, 10, 10, 10]
 
 
 def test_perfect_confidences_of_few_words_have_an_error_too():
-    assert command.perfect_calibration_error(np.array([0.0, 1.0, 1.0])) == (0, 0)
-    few, many = (command.perfect_calibration_error(np.full(count, 0.95)) for count in (100, 10_000))
+    assert perfect_calibration_error(np.array([0.0, 1.0, 1.0])) == (0, 0)
+    few, many = (perfect_calibration_error(np.full(count, 0.95)) for count in (100, 10_000))
     assert few[0] == pytest.approx(np.sqrt(2 / np.pi * 0.95 * 0.05 / 100), rel=0.1)  # mean of |x| of a normal
     assert few[0] < few[1] < 4 * few[0] and many[0] == pytest.approx(few[0] / 10, rel=0.1)
 
@@ -116,7 +121,7 @@ def test_an_utterance_is_cut_to_its_speech_without_the_breath_before():
     speech = make_speech(1.0)
     speech = speech * (0.3 / speech.std())
     samples = np.concatenate([quiet, breath, quiet, speech, quiet]).astype(np.float32)
-    cut = command.cut_to_speech(samples, CONFIG)
+    cut = cut_to_speech(samples, CONFIG)
     first = next(i for i in range(len(samples) - 400) if np.array_equal(samples[i : i + 400], cut[:400]))
     assert abs(first - 19200) < 800 and abs(len(cut) - len(speech)) < 1600
 
@@ -126,9 +131,9 @@ def test_a_silent_utterance_is_left_out(tmp_path):
     for path, samples in zip(paths, (np.zeros(16000), make_speech(1.0)), strict=True):
         soundfile.write(path, samples, 16000)
     utterances = [Utterance(path.stem, path, "SOME WORDS") for path in paths]
-    (recording,) = command.joined_recordings(utterances, "pauses", (0.3, 0.3), CONFIG)
+    (recording,) = joined_recordings(utterances, "pauses", (0.3, 0.3), CONFIG)
     assert recording.words == [("SOME", pytest.approx(0.3)), ("WORDS", None)] and recording.kind == "pauses other"
-    assert len(command.cut_to_speech(np.zeros(16000, np.float32), CONFIG)) == 0
+    assert len(cut_to_speech(np.zeros(16000, np.float32), CONFIG)) == 0
 
 
 @pytest.mark.parametrize(
@@ -146,20 +151,20 @@ def test_wrong_options_of_fit_are_an_error_before_the_work(tmp_path, monkeypatch
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "best.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match=sentence):
-        command.main(["fit", "--checkpoint", "nowhere", "--data", "nowhere", *argv])
+        main(["fit", "--checkpoint", "nowhere", "--data", "nowhere", *argv])
 
 
 def test_the_prior_is_that_of_the_named_checkpoint(tmp_path):
     weights = Weights(9.0, {"end": 0.25}, {"end": 0.5})
     (tmp_path / "best.safetensors").write_bytes(b"x")
     Calibration(weights, weights).save(tmp_path / "best.words.json")
-    assert command.load_prior(str(tmp_path)).beam == weights
-    assert command.load_prior("default") == load_calibration(tmp_path / "other.safetensors")
+    assert module.load_prior(str(tmp_path)).beam == weights
+    assert module.load_prior("default") == load_calibration(tmp_path / "other.safetensors")
 
 
 def test_joined_speech_starts_where_it_says():
     pieces = [("one two", np.ones(1600) * np.tile([1, -1], 800)), ("THREE", np.tile([3.0, -3.0], 400))]
-    recording = command.join("x", pieces, [0.5, 0.25], CONFIG)
+    recording = join("x", pieces, [0.5, 0.25], CONFIG)
     assert recording.words == [("ONE", 0.5), ("TWO", None), ("THREE", 0.5 + 0.1 + 0.25)]
     loud = np.flatnonzero(np.abs(recording.samples) > 0.03)
     assert loud[0] == 8000 and loud[loud > 9600][0] == round(0.85 * 16000)
@@ -169,24 +174,23 @@ def test_known_words_start_within_60_ms_in_synthetic_speech():
     model = Recogniser(load_model("english"), torch.device("cpu"))
     texts = ["THE GREEN HORSE SLEEPS UNDER THE TREE", "MY BROTHER FOUND THE OLD HOUSE", "WAIT FIVE MINUTES PLEASE",
              "THE BLACK DOG RUNS BY THE RIVER", "WE NEED BREAD AND WATER", "MY MOTHER LIKES THE BIRD"]  # fmt: skip
-    recordings = list(command.synthetic_recordings(texts, CONFIG))
+    recordings = list(synthetic_recordings(texts, CONFIG))
     errors = []
     for recording in recordings:
         words = model.transcribe(recording.samples, 16000).words
         assert count_disorder(words, len(recording.samples) / 16000) == 0
-        errors += [abs(word.start - start) for start, word in command.right_words(recording.words, words)]
+        errors += [abs(word.start - start) for start, word in right_words(recording.words, words)]
     assert len(errors) >= 8 and np.median(errors) <= 0.06
 
 
 def test_the_confidences_of_a_split_are_those_of_the_held_out_half(monkeypatch, capsys):
-    words = command.ScoredWords(np.array([0.9, 0.1, 0.6]), np.array([True, False, True]), np.array([1, 1, 0]), 0)
+    words = module.ScoredWords(np.array([0.9, 0.1, 0.6]), np.array([True, False, True]), np.array([1, 1, 0]), 0)
     monkeypatch.setattr(
-        command, "load_model", lambda name: SimpleNamespace(config=SimpleNamespace(decoding=SimpleNamespace(beam=8)))
+        module, "load_model", lambda name: SimpleNamespace(config=SimpleNamespace(decoding=SimpleNamespace(beam=8)))
     )
-    monkeypatch.setattr(command, "Recogniser", lambda loaded, device: SimpleNamespace(loaded=loaded))
-    monkeypatch.setattr(command, "decode_words", lambda *_: words)
-    monkeypatch.setattr(command, "area_under_roc", lambda values, right: len(values))
-    command.measure_confidence(SimpleNamespace(checkpoint="x", split="dev", record=False))
+    monkeypatch.setattr(module, "Recogniser", lambda loaded, device: SimpleNamespace(loaded=loaded))
+    monkeypatch.setattr(module, "decode_words", lambda *_: words)
+    module.measure_confidence(SimpleNamespace(checkpoint="x", split="dev", record=False))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("beam 8, held-out half: 2 words, 50.0% right, ECE 0.1000, AUC 2")
+    assert lines[0].startswith("beam 8, held-out half: 2 words, 50.0% right, ECE 0.1000, AUC 1.0000;")
     assert lines[3].startswith("greedy, half of the fit: 1 words")

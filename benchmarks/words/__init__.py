@@ -1,0 +1,1 @@
+"""Measure word times and confidences, and fit the confidences of a checkpoint: python -m benchmarks.words --help."""
