@@ -28,7 +28,7 @@ from benchmarks.splits import add_split_options, scored_split
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, check_decoding
-from las_fast.data.batching import Batch
+from las_fast.data.batch import Batch
 from las_fast.data.dataset import SpeechDataset
 from las_fast.errors import InputError
 from las_fast.files import write_atomically

@@ -21,7 +21,8 @@ from benchmarks.training_paths import (
     without_dropout,
 )
 from las_fast.config import Config, load_config
-from las_fast.data.batching import Batch, BucketBatches
+from las_fast.data.batch import Batch
+from las_fast.data.batching import BucketBatches
 
 PATHS = ("usual", "plain", "plain bf16", "las_fast", "las_fast bf16")
 TUNED = ", memory tuned"

@@ -14,7 +14,7 @@ from benchmarks.plain import Plain, PlainGraphed, PlainPacked, Usual
 from benchmarks.synthetic_speech import LETTERS_PER_FRAME, frame_counts
 from las_fast import checkpoint
 from las_fast.config import Config
-from las_fast.data.batching import Batch
+from las_fast.data.batch import Batch
 from las_fast.text import EOS, PAD, Vocabulary
 from las_fast.training.step import make_optimiser
 from las_fast.training.trainer import Trainer

@@ -270,7 +270,7 @@ def print_summary(trainer: Trainer) -> None:
     """Print the size of the model, the batches, the steps and, if cores are unused, the threads."""
     import torch
 
-    from las_fast.data.batching import TRAINING_FRAME_MULTIPLE
+    from las_fast.data.batch import TRAINING_FRAME_MULTIPLE
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
     last = trainer.curriculum.batches_of(trainer.config.training.epochs - 1)

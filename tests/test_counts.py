@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from las_fast.config import Config, DecodingConfig, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.config import TrainingConfig as T
-from las_fast.data.batching import Batch
+from las_fast.data.batch import Batch
 from las_fast.model.las import LAS
 from las_fast.ops import backends
 from las_fast.search.beam import beam_search

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from las_fast.checkpoint import RELEASED, find_checkpoint, load_model, released_models
-from las_fast.data.batching import make_loader
+from las_fast.data.batch import make_loader
 from las_fast.ops import backends
 from las_fast.output.metrics import score
 from las_fast.search.beam import beam_search

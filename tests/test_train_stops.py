@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from las_fast import checkpoint, train
-from las_fast.data import batching
+from las_fast.data import batch
 from las_fast.data.loader import can_fork
 from las_fast.errors import InputError, Stopped
 from las_fast.training import signals, trainer
@@ -201,9 +201,9 @@ def test_a_signal_ends_a_wait_for_data_at_once(archive, uninterrupted, tmp_path,
             time.sleep(60)
         return make(self, b)
 
-    parent, make = os.getpid(), batching._Batches.__getitem__
+    parent, make = os.getpid(), batch._Batches.__getitem__
     with monkeypatch.context() as patch:
-        patch.setattr(batching._Batches, "__getitem__", hang)
+        patch.setattr(batch._Batches, "__getitem__", hang)
         with pytest.raises(Stopped):
             train.main(argv(archive, tmp_path, data__workers=1))
     assert progress_of(tmp_path)["step"] in (6, 7, 8)  # the worker is ahead
@@ -218,9 +218,9 @@ def test_a_worker_that_dies_does_not_change_the_run(archive, uninterrupted, tmp_
             death()
         return make(self, b)
 
-    parent, make = os.getpid(), batching._Batches.__getitem__
+    parent, make = os.getpid(), batch._Batches.__getitem__
     with monkeypatch.context() as patch:
-        patch.setattr(batching._Batches, "__getitem__", die)
+        patch.setattr(batch._Batches, "__getitem__", die)
         train.main(argv(archive, tmp_path, data__workers=2))
     assert "warning: a loader process ended early" in capsys.readouterr().err
     assert_resumes_like(uninterrupted, archive, tmp_path)

@@ -23,7 +23,7 @@ from benchmarks.training_paths import make_trainers, shape_of, shrunk, synthetic
 from las_fast import ops
 from las_fast.checkpoint import build_model, load_model
 from las_fast.config import Config, load_config
-from las_fast.data.batching import Batch
+from las_fast.data.batch import Batch
 from las_fast.model.layers import dropout_mask
 from las_fast.model.listener import BiLSTM
 from las_fast.model.speller import Speller

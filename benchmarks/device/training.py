@@ -15,7 +15,8 @@ from benchmarks.device.timing import backends_for, median_seconds, profile, seco
 from benchmarks.synthetic_speech import audiobook_frame_counts, frame_counts
 from benchmarks.training_paths import PATHS, dtype_of, make_trainers, shape_of, shrunk, synthetic_batch
 from las_fast.config import Config, load_config
-from las_fast.data.batching import Batch, BucketBatches
+from las_fast.data.batch import Batch
+from las_fast.data.batching import BucketBatches
 from las_fast.training.losses import training_loss
 from las_fast.training.trainer import Trainer
 

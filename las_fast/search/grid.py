@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from las_fast.config import DecodingConfig
-from las_fast.data.batching import Batch
+from las_fast.data.batch import Batch
 from las_fast.progress import Progress, progress
 from las_fast.search.beam import beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import MAX_GRAPHS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from las_fast.progress import format_duration
 
 if TYPE_CHECKING:
-    from las_fast.data.batching import Batch
+    from las_fast.data.batch import Batch
 
 KNOWN_SECONDS, KNOWN_STEPS = 20.0, 5  # the pace is known after both
 LONG_SECONDS = 300.0  # a shorter rest of the training has no forecast

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from las_fast.config import Config, DecodingConfig
-from las_fast.data.batching import Batch, make_loader, sorted_batches
+from las_fast.data.batch import Batch, make_loader
+from las_fast.data.batching import sorted_batches
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
 from las_fast.errors import show

@@ -11,7 +11,7 @@ from tiny_corpora import make_archive, make_speech, write_audio
 
 from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, check
 from las_fast.data.augment import Augment
-from las_fast.data.batching import make_loader
+from las_fast.data.batch import make_loader
 from las_fast.data.dataset import load_dataset
 from las_fast.data.features import cepstra, compute_features, filter_centres
 from las_fast.data.layouts import open_corpus

@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig, TrainingConfig
-from las_fast.data.batching import Batch
+from las_fast.data.batch import Batch
 from las_fast.model import listener, speller
 from las_fast.ops import backends
 from las_fast.text import EOS
