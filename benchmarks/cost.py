@@ -23,7 +23,7 @@ from benchmarks.synthetic_speech import LETTERS_PER_FRAME, audiobook_frame_count
 from benchmarks.training_paths import make_trainers, synthetic_batch
 from las_fast.cli import run
 from las_fast.config import Config, load_config
-from las_fast.data.batching import BucketBatches
+from las_fast.data.batch_plan import BucketBatches
 from las_fast.errors import InputError
 from las_fast.text import Vocabulary
 

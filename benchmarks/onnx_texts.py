@@ -22,7 +22,7 @@ from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingSettings
 from las_fast.data.batch import make_loader
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.dataset import SpeechDataset
 from las_fast.deploy.onnx_greedy import Recogniser
 from las_fast.errors import InputError

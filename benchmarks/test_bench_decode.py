@@ -20,7 +20,7 @@ from benchmarks.subprocess_timer import SubprocessTimer, closing_all
 from benchmarks.synthetic_speech import frame_counts, write_manifest, write_untrained_checkpoint
 from las_fast import checkpoint, decode
 from las_fast.data.audio import load_audio
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.features import compute_features
 from las_fast.data.normalisation import normalise
 from las_fast.search.beam import beam_search

@@ -22,7 +22,7 @@ from benchmarks.training_paths import (
 )
 from las_fast.config import Config, load_config
 from las_fast.data.batch import Batch
-from las_fast.data.batching import BucketBatches
+from las_fast.data.batch_plan import BucketBatches
 
 PATHS = ("usual", "plain", "plain bf16", "las_fast", "las_fast bf16")
 TUNED = ", memory tuned"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-from las_fast.config import MAX_BEAM, VADS
+from las_fast.config import MAX_BEAM, VADS, DecodingConfig
 from las_fast.errors import InputError
+
+VIEW_OPTIONS = ("speeds", "warps")
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +52,31 @@ def add_beam_options(parser: argparse.ArgumentParser, *, beam: int | None = None
 
 def add_view_options(parser: argparse.ArgumentParser) -> None:
     """Add --speeds and --warps, by default None."""
-    for name, help in (
-        ("--speeds", "decode at each of these speeds, 2: twice as fast, and keep the likeliest text"),
-        ("--warps", "decode with each of these factors on the frequencies, and keep the likeliest text"),
-    ):
-        parser.add_argument(name, type=float, nargs="+", metavar="X", help=f"{help} (default: the checkpoint's)")
+    add = parser.add_argument
+    add("--speeds", type=as_factor, nargs="+", metavar="X",
+        help="speeds at which each utterance is decoded (2: twice as fast), each with each of the --warps; the text "
+        "with the highest score is kept (default: the checkpoint's)")  # fmt: skip
+    add("--warps", type=as_factor, nargs="+", metavar="X",
+        help="factors on the frequencies (1: unchanged); see --speeds (default: the checkpoint's)")  # fmt: skip
+
+
+def check_view_options(options: argparse.Namespace) -> None:
+    """Raise InputError if a value of --speeds or --warps is out of range."""
+    for field in dataclasses.fields(DecodingConfig):
+        if field.name in VIEW_OPTIONS:
+            for value in getattr(options, field.name) or ():
+                if bound := field.metadata["bounds"].violated(value):
+                    raise InputError(f"--{field.name} must be {bound}; got {value:g}")
+
+
+def as_factor(word: str) -> float:
+    """Convert one of several values of an option to a number."""
+    try:
+        return float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is not a number; if it belongs to another argument, give it before this option"
+        ) from None
 
 
 def check_beam_options(options: argparse.Namespace) -> None:

@@ -13,7 +13,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from las_fast.arguments import add_beam_options, add_device_option, add_lm_option, as_file, as_path, check_beam_options
+from las_fast.arguments import (
+    VIEW_OPTIONS,
+    add_beam_options,
+    add_device_option,
+    add_lm_option,
+    add_view_options,
+    as_file,
+    as_path,
+    check_beam_options,
+    check_view_options,
+)
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, DecodingSettings, check_decoding
 from las_fast.errors import InputError
@@ -33,7 +43,7 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.search.beam import Hypothesis
 
 MAX_LISTED = 20  # unknown characters listed in an error
-SHORT_OPTIONS = ("beam", "beam_threshold")  # decoding.beam is also --beam
+SHORT_OPTIONS = ("beam", "beam_threshold", *VIEW_OPTIONS)  # decoding.beam is also --beam
 
 
 def parser() -> Parser:
@@ -47,6 +57,7 @@ def parser() -> Parser:
     parser.add_argument("--split", required=True, help="split name, or train, dev or test; join several with +")
     parser.add_argument("--out", required=True, type=as_file, metavar="FILE.csv", help="submission file to write")
     add_beam_options(parser)
+    add_view_options(parser)
     parser.add_argument(
         "--nbest", type=int, default=1, metavar="N", help="maximum hypotheses per utterance in --jsonl (default: 1)"
     )
@@ -78,8 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         check_options(options)
         loaded.append(load_model(options.checkpoint, choose_device(options.device)))
         decoding = with_default_weight(loaded[0].config.decoding, options.lm)
-        values = {name: getattr(options, name) for name in SHORT_OPTIONS}
-        return DecodingSettings(replace(decoding, **{name: x for name, x in values.items() if x is not None}))
+        return DecodingSettings(replace(decoding, **short_values(options)))
 
     options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
     check_decoding(loaded[0].config, settings.decoding)
@@ -91,18 +101,27 @@ def main(argv: list[str] | None = None) -> None:
     decode(options, loaded[0], settings.decoding)
 
 
+def short_values(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the decoding settings that options such as --beam give, by their names."""
+    values = {name: getattr(options, name) for name in SHORT_OPTIONS}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None
+    }
+
+
 def check_agreement(options: argparse.Namespace, decoding: DecodingConfig) -> None:
     """Raise InputError if an option such as --beam has another value than --decoding.beam."""
-    for name in SHORT_OPTIONS:
-        short, long = getattr(options, name), getattr(decoding, name)
-        if short not in (None, long):
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {short:g} and --decoding.{option} {long:g} disagree; give one of them")
+    for name, short in short_values(options).items():
+        long, option = getattr(decoding, name), name.replace("_", "-")
+        if short != long:
+            given = [" ".join(f"{x:g}" for x in (v if isinstance(v, tuple) else (v,))) for v in (short, long)]
+            raise InputError(f"--{option} {given[0]} and --decoding.{option} {given[1]} disagree; give one of them")
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError if an option is out of range, or an output file must not be written."""
     check_beam_options(options)
+    check_view_options(options)
     if options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
     if options.nbest > 1 and not options.jsonl:

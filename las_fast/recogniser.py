@@ -46,7 +46,7 @@ LanguageModel = StrPath | Literal[False] | None
 Item = TypeVar("Item")  # a recording
 
 
-class SettingsOptions(TypedDict, total=False):
+class DecodingOptions(TypedDict, total=False):
     """Options of Recogniser.transcribe that replace decoding settings of the checkpoint."""
 
     beam: int | None
@@ -56,7 +56,7 @@ class SettingsOptions(TypedDict, total=False):
     lm: LanguageModel
 
 
-class SearchOptions(SettingsOptions, total=False):
+class SearchOptions(DecodingOptions, total=False):
     """Options of Recogniser.transcribe, which documents them."""
 
     nbest: int
@@ -215,7 +215,7 @@ class Recogniser:
         features: Array,
         *,
         nbest: int = 1,
-        **options: Unpack[SettingsOptions],
+        **options: Unpack[DecodingOptions],
     ) -> list[Hypothesis]: ...
 
     @overload
@@ -224,7 +224,7 @@ class Recogniser:
         features: Sequence[Array],
         *,
         nbest: int = 1,
-        **options: Unpack[SettingsOptions],
+        **options: Unpack[DecodingOptions],
     ) -> list[list[Hypothesis]]: ...
 
     def decode(
@@ -232,7 +232,7 @@ class Recogniser:
         features: Array | Sequence[Array],
         *,
         nbest: int = 1,
-        **options: Unpack[SettingsOptions],
+        **options: Unpack[DecodingOptions],
     ) -> list[Hypothesis] | list[list[Hypothesis]]:
         """Decode the features of an utterance, or of a list of utterances in batches.
 
@@ -294,7 +294,7 @@ class Recogniser:
         pool_seconds: float = POOL_SECONDS,
         warn: Callable[[str], None] = warnings.warn,
         on_audio: Callable[[float], None] = lambda seconds: None,
-        **options: Unpack[SettingsOptions],
+        **options: Unpack[DecodingOptions],
     ) -> Transcription:
         """Prepare a call of `transcribe_all`, with the same options and errors."""
         check_number("min_speech_score", min_speech_score)
@@ -335,7 +335,9 @@ class Recogniser:
         warps: Sequence[float] | None = None,
         lm: LanguageModel = None,
     ) -> DecodingConfig:
-        """Return the decoding settings of the checkpoint, with what the arguments, those of `transcribe`, replace.
+        """Return the decoding settings of the checkpoint, with those replaced that are given.
+
+        The arguments are those of `transcribe`.
 
         Raises:
             InputError: an argument is invalid.
@@ -442,12 +444,11 @@ def check_number(name: str, value: object, *, minimum: float = -math.inf) -> Non
 
 
 def as_numbers(name: str, values: object) -> tuple[float, ...]:
-    """Return a list of numbers as a tuple of float; raise InputError if it is something else."""
-    if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+    """Return a list, tuple or vector of numbers as a tuple; raise InputError if it is something else."""
+    array = to_numpy(values) if is_array(values) else values
+    numbers = array.tolist() if isinstance(array, np.ndarray) else array
+    if not isinstance(numbers, (list, tuple)) or not all(isinstance(number, Real) for number in numbers):
         raise InputError(f"{name} must be a list of numbers; got {values!r}")
-    numbers = tuple(values)
-    for value in numbers:
-        check_number(name, value)
     return tuple(map(float, numbers))
 
 

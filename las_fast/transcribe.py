@@ -23,6 +23,7 @@ from las_fast.arguments import (
     as_output,
     as_recording,
     check_beam_options,
+    check_view_options,
 )
 from las_fast.cli import require_stdout, run
 from las_fast.errors import BadRecording, InputError, show
@@ -141,6 +142,7 @@ def check_options(options: argparse.Namespace) -> None:
         if value < 1:
             raise InputError(f"--{name} must be at least 1; got {value}")
     check_beam_options(options)
+    check_view_options(options)
     if options.beam is not None and options.nbest > options.beam:
         raise InputError(f"--nbest {options.nbest} needs a beam at least as wide; got --beam {options.beam}")
     if math.isnan(options.min_speech_score):

@@ -13,7 +13,7 @@ def raising(error: BaseException):
 
 
 class Curriculum:
-    """Replaces las_fast.data.batching.Curriculum: four batches per epoch."""
+    """Replaces las_fast.data.batch_plan.Curriculum: four batches per epoch."""
 
     steps = 40
 

@@ -338,6 +338,12 @@ def test_a_corrupt_checkpoint_is_an_error(workspace, capsys):
         (["--split", "dev-other"], "no split 'dev-other'; it has"),
         (["--nbest", "9"], "--nbest 9 needs --jsonl FILE, where the hypotheses are written"),
         (["--nbest", "9", "--beam", "2", "--jsonl", "r.jsonl"], "--nbest 9 needs a beam of at least 9; give --beam 9"),
+        (["--speeds", "0.3"], "--speeds must be at least 0.5; got 0.3"),
+        (["--warps", "nan"], "--warps must be a finite number; got nan"),
+        (
+            ["--decoding.speeds", "0.8", "1", "--speeds", "1"],
+            "--speeds 1 and --decoding.speeds 0.8 1 disagree; give one of them",
+        ),
         (["--decoding.beam", "4", "--beam", "8"], "--beam 8 and --decoding.beam 4 disagree; give one of them"),
         (["--beam-threshold", "-1"], "--beam-threshold must be a finite number of at least 0; got -1"),
         (["--decoding.beam-threshold", "-1"], "decoding.beam_threshold must be at least 0; got -1"),

@@ -26,7 +26,7 @@ from las_fast import __version__, checkpoint, decode, lm, transcribe, tune
 from las_fast.cli import run
 from las_fast.config import DataConfig, DecodingConfig
 from las_fast.data.batch import make_loader
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.dataset import load_dataset
 from las_fast.data.layouts import open_corpus
 from las_fast.data.texts import read_texts

@@ -16,7 +16,7 @@ from tiny_corpora import make_archive, make_manifest, make_speech, write_audio
 
 from las_fast import checkpoint, decode, export, lm, train, transcribe, tune
 from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.cache import open_cache
 from las_fast.data.dataset import load_dataset
 from las_fast.data.features import add_deltas

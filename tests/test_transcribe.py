@@ -488,6 +488,13 @@ def test_beam_views_and_language_model_reach_the_search(monkeypatch):
 # ------------------------------------------------------------------------------------------------- the command line
 
 
+def test_recordings_after_a_list_of_numbers_are_an_error_that_says_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["--speeds", "0.8", "1", "talk.wav"])
+    sentence = "'talk.wav' is not a number; if it belongs to another argument, give it before this option"
+    assert capsys.readouterr().err == f"error: --speeds: {sentence}\n"
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Replace the model by one that gives a segment per recording; return a list of its calls."""

@@ -16,7 +16,7 @@ from benchmarks.synthetic_speech import audiobook_frame_counts, frame_counts
 from benchmarks.training_paths import PATHS, dtype_of, make_trainers, shape_of, shrunk, synthetic_batch
 from las_fast.config import Config, load_config
 from las_fast.data.batch import Batch
-from las_fast.data.batching import BucketBatches
+from las_fast.data.batch_plan import BucketBatches
 from las_fast.training.losses import training_loss
 from las_fast.training.trainer import Trainer
 

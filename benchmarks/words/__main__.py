@@ -16,9 +16,9 @@ are recognised right:
 
 `confidence` measures the confidences of the words of the split, separately for its odd utterances and its even ones;
 `fit` fits them on the even ones. Where the split is small, `cross` measures a fit by cross-validation: the utterances
-are divided into five parts, and the words of each part are judged by a fit to the other parts, in ten random ways;
-then `fit --part all` uses all utterances. A word is right if the Levenshtein alignment of the words pairs it with
-an equal word.
+are divided into five parts, and the words of each part are judged by a fit to the other parts, in ten random ways; then
+`fit --part all` uses all utterances. A word is right if the Levenshtein alignment of the words pairs it with an equal
+word.
 
 The calibration error of few words is above 0 even if the confidences are perfect. Therefore the error of perfect ones
 is printed too: the mean over draws in which each word is right with a probability equal to its confidence.

@@ -1,7 +1,7 @@
 """SpecAugment (Park et al. 2019), speed changes and joins, on normalised features. Masks never cover all features.
 
-What changes the frames before normalisation is in las_fast.data.degrade (rooms, noise and silence) and
-las_fast.data.warp (the frequency axis).
+What changes the frames before normalisation is in las_fast.data.splice (words), warp (the frequency axis) and degrade
+(rooms, noise and silence); las_fast.data.augmented applies all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,14 @@
-"""An utterance with every augmentation of a training, in their order.
+"""The utterances of a training with their augmentations. Joins of utterances are made per batch, in batch.py.
 
-Words of other utterances (splice) -> frequency axis (warp) -> speed, rooms, noise and silence (degrade) ->
-normalisation and deltas -> masks (augment). All randomness is a function of (seed, epoch, utterance).
+The steps of an utterance that gets a room, noise or silence:
+
+    splice -> warp -> speed -> room, noise, silence -> normalisation and deltas -> masks
+
+and of any other:
+
+    splice -> warp -> normalisation and deltas -> speed -> masks
+
+All randomness is a function of (seed, epoch, utterance).
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ class AugmentedUtterances:
     """The utterances of a dataset as an epoch of a training gets them.
 
     Args:
-        dataset: their frames before normalisation, and their texts.
+        dataset: the utterances.
         augment: what to change.
         splice:  makes utterances with words of others; None: off.
         seed:    training.seed.
@@ -45,29 +52,30 @@ class AugmentedUtterances:
             counts = dataset.frame_counts if not speed else frame_counts_at_speed(dataset.frame_counts, self.factors)
             self.silences = silence_frames(counts, self.config.silence, seed=seed, epoch=epoch)
 
-    def __call__(self, i: int, epoch: float) -> tuple[torch.Tensor, str | None]:
+    def __call__(self, i: int, epochs_done: float) -> tuple[torch.Tensor, str | None]:
         """Return the features (T, F) float32 and the text of utterance i.
 
-        epoch: epochs done so far, with a fraction; before augment.start_epoch only words and the speed change.
+        epochs_done: so far, with a fraction; below augment.start_epoch only splice and speed apply.
         """
         raw, text = self.dataset.raw(i), self.dataset.texts[i]
         if self.splice is not None:
             generator = self._stream("splice", i)
             if generator.random() < self.config.splice:
                 raw, text = self.splice(i, raw, generator)
-        return self._features(i, epoch, raw), text
+        return self._features(i, epochs_done, raw), text
 
     def _stream(self, name: str, i: int) -> np.random.Generator:
         return random_stream(name, seed=self.seed, epoch=self.epoch, utterance=i)
 
-    def _features(self, i: int, epoch: float, raw: torch.Tensor) -> torch.Tensor:
+    def _features(self, i: int, epochs_done: float, raw: torch.Tensor) -> torch.Tensor:
         """Return the augmented features of raw frames (T, F) of utterance i."""
         factor, blocks = None if self.factors is None else self.factors[i], self.dataset.blocks
-        if epoch >= self.config.start_epoch:
+        if epochs_done >= self.config.start_epoch:
             raw = self._warped(i, raw)
             if self.degrade and (degraded := self._degraded(self.degrade, i, raw, factor)) is not None:
                 return self.augment.mask(degraded, self._stream("masks", i), blocks=blocks)
-        return self.augment(self.dataset.prepare(raw), epoch, self._stream("masks", i), blocks=blocks, factor=factor)
+        features, generator = self.dataset.prepare(raw), self._stream("masks", i)
+        return self.augment(features, epochs_done, generator, blocks=blocks, factor=factor)
 
     def _warped(self, i: int, raw: torch.Tensor) -> torch.Tensor:
         """Warp the frequency axis of the raw frames (T, F) of utterance i, if that is on."""

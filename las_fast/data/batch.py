@@ -11,7 +11,7 @@ import torch
 
 from las_fast.data.augment import Augment, join_pairs, random_stream
 from las_fast.data.augmented import AugmentedUtterances
-from las_fast.data.batching import round_up
+from las_fast.data.batch_plan import round_up
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.loader import Loader
 from las_fast.data.splice import Splice

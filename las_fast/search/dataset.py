@@ -15,7 +15,7 @@ from torch import Tensor
 
 from las_fast.config import DecodingConfig, FeatureConfig
 from las_fast.data.batch import Batch, make_loader
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.normalisation import Statistics, model_input
 from las_fast.errors import DoesNotFit, NotFinite, causes, is_out_of_memory
 from las_fast.model.attention import Memory

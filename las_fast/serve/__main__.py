@@ -26,6 +26,7 @@ from las_fast.arguments import (
     add_vad_option,
     add_view_options,
     check_beam_options,
+    check_view_options,
 )
 from las_fast.cli import run
 from las_fast.errors import InputError, print_error, show
@@ -76,17 +77,18 @@ def main(argv: list[str] | None = None) -> None:
     if options.nbest is not None and options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
     check_beam_options(options)
+    check_view_options(options)
     if math.isnan(options.min_speech_score):
         raise InputError("--min-speech-score must be a number; got nan")
     check_packages()
     with listen(options.host, options.port) as listener:  # before the model is loaded, which takes seconds
         return_freed_memory()
         model, name = open_model(options)
-        from las_fast.recogniser import SettingsOptions
+        from las_fast.recogniser import DecodingOptions
         from las_fast.serve.app import Service
         from las_fast.serve.batcher import Batcher
 
-        search = SettingsOptions(
+        search = DecodingOptions(
             beam=options.beam,
             beam_threshold=options.beam_threshold,
             speeds=options.speeds,

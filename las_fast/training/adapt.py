@@ -197,7 +197,8 @@ def _frames(corpus: Corpus) -> str:
 
 def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
     """Raise InputError if the initial checkpoint does not fit the training: other characters or features, or layers
-    that the model does not have. features.shift_ms may differ: a shorter shift is like slower speech."""
+    that the model does not have. features.shift_ms may differ: a shorter shift is like slower speech; that is printed.
+    """
     trained = init.config.features
     if corpus.feature_size not in (None, trained.size):
         raise InputError(
@@ -207,7 +208,7 @@ def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
     pairs = {f"features.{name}": (value, getattr(config.features, name)) for name, value in vars(trained).items()}
     if corpus.feature_size is not None:  # the other fields are about computing features, which the archive has
         pairs = {name: pairs[name] for name in ("features.size", "features.normalisation", "features.deltas")}
-    pairs.pop("features.shift_ms", None)
+    before_ms, now_ms = pairs.pop("features.shift_ms", (0, 0))
     pairs["data.characters"] = (init.config.data.characters, config.data.characters)
     before, now = init.config.model.listener, config.model.listener
     pairs["model.listener.pyramids"] = (before.pyramids, now.pyramids)
@@ -220,6 +221,8 @@ def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
                 f"--init {init.path} was trained with {name} {was}, not {wanted}; give --config {FINETUNE}, which "
                 f"takes its settings, without {option}"
             )
+    if before_ms != now_ms:
+        print(f"features.shift_ms: {now_ms:g}, but --init {init.path} was trained with {before_ms:g}")
 
 
 def inherit_lm(init: Loaded, config: Config, out: Path) -> None:

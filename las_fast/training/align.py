@@ -11,7 +11,7 @@ import torch
 
 from las_fast.config import DataConfig
 from las_fast.data.batch import TRAINING_FRAME_MULTIPLE, make_loader
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.features import frame_sizes
 from las_fast.data.splice import WordTable
 from las_fast.ops.ctc_loss import min_frames

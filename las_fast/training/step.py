@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from las_fast.checkpoint import build_model
 from las_fast.config import Config
 from las_fast.data.batch import Batch
-from las_fast.data.batching import Curriculum
+from las_fast.data.batch_plan import Curriculum
 from las_fast.errors import InputError, is_out_of_memory
 from las_fast.model.layers import BatchPart, running_part
 from las_fast.search.cuda_graph import clear_graphs

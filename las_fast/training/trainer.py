@@ -18,7 +18,7 @@ from las_fast.checkpoint import AVERAGED, BEST, LAST
 from las_fast.config import Config
 from las_fast.data.augment import Augment
 from las_fast.data.batch import TRAINING_FRAME_MULTIPLE, Batch, make_loader
-from las_fast.data.batching import plan_curriculum
+from las_fast.data.batch_plan import plan_curriculum
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
 from las_fast.data.normalisation import Statistics

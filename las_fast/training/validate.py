@@ -13,7 +13,7 @@ from torch import Tensor
 
 from las_fast.config import Config, DecodingConfig
 from las_fast.data.batch import Batch, make_loader
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
 from las_fast.errors import show

@@ -14,7 +14,7 @@ from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, ch
 from las_fast.data import degrade
 from las_fast.data.augment import Augment, silence_frames
 from las_fast.data.batch import make_loader
-from las_fast.data.batching import BucketBatches, plan_curriculum
+from las_fast.data.batch_plan import BucketBatches, plan_curriculum
 from las_fast.data.dataset import load_dataset
 from las_fast.data.degrade import KINDS, Degrade, add_room, limit_band, noise_bank, wave_power
 from las_fast.data.features import compute_features, speech_features

@@ -16,7 +16,7 @@ from tiny_checkpoints import make_trainer
 
 from las_fast.config import TeacherForcingStage, load_config
 from las_fast.data.batch import make_loader
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.model import speller
 from las_fast.ops import backends
 from las_fast.search.beam import beam_search

@@ -10,7 +10,7 @@ from calls import digests, ops_called, threads
 from las_fast.checkpoint import load_model
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.batch import make_loader
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.dataset import load_dataset
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError

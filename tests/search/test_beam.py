@@ -19,7 +19,7 @@ from toy_model import ToyMemory, ToyModel, V, all_texts, config, log_probability
 from las_fast import search
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig, load_config, presets
 from las_fast.data.batch import Batch, make_loader
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.model.las import LAS

@@ -10,7 +10,7 @@ from an4_small import load_an4_small
 
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.batch import make_loader
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.model.las import LAS
 from las_fast.search.beam import beam_search
 from las_fast.search.bf16 import Bf16Steps

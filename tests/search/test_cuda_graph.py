@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from toy_model import ToyModel, config, memory
 
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
-from las_fast.data.batching import sorted_batches
+from las_fast.data.batch_plan import sorted_batches
 from las_fast.model.las import LAS
 from las_fast.ops import table_model
 from las_fast.search import cuda_graph

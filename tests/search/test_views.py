@@ -130,6 +130,7 @@ def test_decoding_keeps_the_best_of_all_views(workspace, capsys):
         assert row == best
     chosen = {max(range(4), key=lambda k: single[k][i]["score"]) for i in range(len(every))}
     assert len(chosen) > 1  # so several views won
+    assert decode_to(workspace, "short", "--speeds", SINGLE[0][0], "--warps", SINGLE[0][1]) == single[0]
     one_by_one = decode_to(workspace, "alone", "--decoding.frames-per-batch", "1")
     assert [row["text"] for row in one_by_one] == [row["text"] for row in every]
 

@@ -92,10 +92,21 @@ def test_a_wide_nbest_needs_a_wide_beam(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--speeds", "--warps"])
-def test_views_reach_the_search(tmp_path, option):
+def test_views_reach_the_search(tmp_path, monkeypatch, option):
+    class Asked(Exception):
+        pass
+
+    def batcher(model, **options):
+        raise Asked(options)
+
+    monkeypatch.setattr("las_fast.serve.batcher.Batcher", batcher)
     argv = ["--port", "0", "--checkpoint", str(make_checkpoint(tmp_path, 20, mel_bins=23)), "--device", "cpu"]
-    with pytest.raises(InputError, match=f"decoding.{option[2:]} must be at least 0.5; got 0.4$"):
-        serve.main([*argv, option, "1", "0.4"])
+    with pytest.raises(Asked) as asked:
+        serve.main([*argv, option, "1", "0.75", "--beam", "3"])
+    (options,) = asked.value.args
+    assert options[option[2:]] == [1.0, 0.75] and options["beam"] == 3
+    with pytest.raises(InputError, match=f"^{option} must be at least 0.5; got 0.4$"):
+        serve.main(["--checkpoint", "gone", option, "1", "0.4"])
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "averaged.safetensors"])

@@ -367,13 +367,16 @@ def test_a_checkpoint_of_other_features_names_what_to_give(archive, tmp_path, pa
         train.main(arguments("tiny", archive, tmp_path / "run", "--init", str(parent), "--features.deltas", "1"))
 
 
-def test_the_frame_shift_may_differ_from_that_of_the_initial_checkpoint(parent):
+def test_the_frame_shift_may_differ_from_that_of_the_initial_checkpoint(parent, capsys):
     from las_fast.checkpoint import load_model
 
     init = load_model(parent)
     recordings = SimpleNamespace(feature_size=None, name="recordings")
-    slower = replace(init.config, features=replace(init.config.features, shift_ms=8.0))
-    adapt.check_init(init, slower, recordings)
+    shorter = replace(init.config, features=replace(init.config.features, shift_ms=8.0))
+    adapt.check_init(init, shorter, recordings)
+    assert capsys.readouterr().out == f"features.shift_ms: 8, but --init {init.path} was trained with 10\n"
+    adapt.check_init(init, init.config, recordings)
+    assert not capsys.readouterr().out
     wider = replace(init.config, features=replace(init.config.features, window_ms=32.0))
     with pytest.raises(InputError, match="was trained with features.window_ms 25.0, not 32.0"):
         adapt.check_init(init, wider, recordings)

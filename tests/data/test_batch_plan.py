@@ -16,7 +16,7 @@ from tiny_corpora import make_archive
 from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, TrainingConfig
 from las_fast.data.augment import Augment
 from las_fast.data.batch import Batch, make_loader
-from las_fast.data.batching import CLASS_RATIOS, BucketBatches, padding_share, plan_curriculum, sorted_batches
+from las_fast.data.batch_plan import CLASS_RATIOS, BucketBatches, padding_share, plan_curriculum, sorted_batches
 from las_fast.data.dataset import load_dataset
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
