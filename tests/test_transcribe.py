@@ -697,7 +697,7 @@ def test_surrounding_silence_hardly_raises_the_released_models_cer(shared, capsy
         pytest.skip("../shared/speech is absent")
     with (shared / "speech" / "manifest.tsv").open(encoding="utf-8", newline="") as lines:
         rows = [row for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if row["split"] == "dev"]
-    rows = rows[5::110]
+    rows = rows[5::12]  # of 8 utterances, one alone could double the CER
     generator = np.random.default_rng(0)
     for k, row in enumerate(rows):
         speech, _ = soundfile.read(shared / "speech" / row["path"], dtype="float32")
@@ -708,7 +708,7 @@ def test_surrounding_silence_hardly_raises_the_released_models_cer(shared, capsy
     recognised = {Path(row["file"]).stem: row["text"] for row in map(json.loads, capsys.readouterr().out.splitlines())}
     texts = [[recognised[f"{k}-{kind}"] for k in range(len(rows))] for kind in ("bare", "silent")]
     bare, silent = (score([row["transcript"] for row in rows], actual).cer for actual in texts)
-    assert silent < 1.25 * bare
+    assert silent < 1.15 * bare
 
 
 def test_the_released_model_transcribes_noise_as_empty(capsys, tmp_path):
