@@ -62,11 +62,11 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
 
 def check_view_options(options: argparse.Namespace) -> None:
     """Raise InputError if a value of --speeds or --warps is out of range."""
-    for field in dataclasses.fields(DecodingConfig):
-        if field.name in VIEW_OPTIONS:
-            for value in getattr(options, field.name) or ():
-                if bound := field.metadata["bounds"].violated(value):
-                    raise InputError(f"--{field.name} must be {bound}; got {value:g}")
+    fields = {field.name: field for field in dataclasses.fields(DecodingConfig)}
+    for name in VIEW_OPTIONS:
+        for value in getattr(options, name) or ():
+            if bound := fields[name].metadata["bounds"].violated(value):
+                raise InputError(f"--{name} must be {bound}; got {value:g}")
 
 
 def as_factor(word: str) -> float:

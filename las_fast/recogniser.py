@@ -445,8 +445,7 @@ def check_number(name: str, value: object, *, minimum: float = -math.inf) -> Non
 
 def as_numbers(name: str, values: object) -> tuple[float, ...]:
     """Return a list, tuple or vector of numbers as a tuple; raise InputError if it is something else."""
-    array = to_numpy(values) if is_array(values) else values
-    numbers = array.tolist() if isinstance(array, np.ndarray) else array
+    numbers = to_numpy(values).tolist() if is_array(values) else values
     if not isinstance(numbers, (list, tuple)) or not all(isinstance(number, Real) for number in numbers):
         raise InputError(f"{name} must be a list of numbers; got {values!r}")
     return tuple(map(float, numbers))
