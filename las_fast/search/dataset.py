@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from las_fast.config import DecodingConfig, FeatureConfig
+from las_fast.data.augment import frame_counts_at_speed
 from las_fast.data.batch import Batch, make_loader
 from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.normalisation import Statistics, model_input
@@ -25,7 +26,7 @@ from las_fast.progress import Progress
 from las_fast.search.beam import Hypothesis, beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import clear_graphs
 from las_fast.search.native import LOW_PRECISIONS
-from las_fast.search.views import keep_better, viewed, views_of
+from las_fast.search.views import View, keep_better, viewed, views_of
 from las_fast.search.words import WordFinder
 from las_fast.text import PAD, Vocabulary
 
@@ -126,42 +127,51 @@ def decode_dataset(
     )
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
-        pin = torch.device(device).type == "cuda"
-        for view in views:
-            seen = viewed(dataset, view)
-            for indices, decoded in decode_batches(decode, seen, vocabulary, config, pin=pin):
-                for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
-                    counts = {"frames": int(dataset.frame_counts[i]), "view_frames": int(seen.frame_counts[i])}
-                    results[i] = keep_better(results[i], hypotheses, **counts, reduction=model.time_reduction)
-                    if view == views[-1]:
-                        _check_finite(results[i], dataset.ids[i])
-                bar.update(float(dataset.seconds[indices.numpy()].sum()) / len(views))
+        for view, indices, decoded in decode_batches(decode, dataset, views, vocabulary, config, device=device):
+            view_frames = frame_counts_at_speed(dataset.frame_counts, view.speed)
+            for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
+                counts = {"frames": int(dataset.frame_counts[i]), "view_frames": int(view_frames[i])}
+                results[i] = keep_better(results[i], hypotheses, **counts, reduction=model.time_reduction)
+                if view == views[-1]:
+                    _check_finite(results[i], dataset.ids[i])
+            bar.update(float(dataset.seconds[indices.numpy()].sum()) / len(views))
     return results
 
 
 def decode_batches(
-    decode: Callable[[Batch], T], dataset, vocabulary: Vocabulary, config: DecodingConfig, *, pin: bool
-) -> Iterator[tuple[Tensor, T]]:
-    """Decode all utterances of a dataset in batches, longest first; yield the indices and decode(batch) of each.
+    decode: Callable[[Batch, View], T],
+    dataset,
+    views: Iterable[View],
+    vocabulary: Vocabulary,
+    config: DecodingConfig,
+    *,
+    device: str | torch.device,
+) -> Iterator[tuple[View, Tensor, T]]:
+    """Decode all utterances of a dataset in each view, in batches, longest first.
 
     A batch that does not fit in memory is halved and tried again, and later batches of that size are halved at once.
-    pin: put batches into pinned memory, for a model on CUDA.
+    device: of the model; for CUDA, batches are put into pinned memory.
+
+    Yields:
+        The view, the indices of the utterances, and decode(batch, view).
 
     Raises:
         InputError: one utterance alone does not fit in memory.
     """
     failed_size = math.inf  # padded frames of the smallest batch that did not fit
-    for batch in batches_to_decode(dataset, vocabulary, config, pin=pin):
-        waiting = [batch]
-        while waiting:
-            part = waiting.pop()
-            size = part.features.shape[0] * part.features.shape[1]
-            # The longest utterances come first, so a single utterance is always smaller than a batch that failed.
-            if size < failed_size and (decoded := _try_decode(decode, part)):
-                yield part.indices, decoded[0]  # not the batch, which would stay in memory beside the next one
-            else:
-                failed_size = min(failed_size, size)
-                waiting += _split_in_half(part, dataset)
+    pin = torch.device(device).type == "cuda"
+    for view in views:
+        for batch in batches_to_decode(viewed(dataset, view), vocabulary, config, pin=pin):
+            waiting = [batch]
+            while waiting:
+                part = waiting.pop()
+                rows, frames = part.features.shape[:2]
+                # One utterance of a slow view can be larger than a batch that failed in an earlier view.
+                if (rows * frames < failed_size or rows == 1) and (decoded := _try_decode(decode, part, view)):
+                    yield view, part.indices, decoded[0]  # not the batch, which would stay in memory beside the next
+                else:
+                    failed_size = min(failed_size, rows * frames)
+                    waiting += _split_in_half(part, dataset)
 
 
 def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig, *, pin: bool = False) -> Iterable[Batch]:
@@ -211,6 +221,7 @@ def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
 
 def _decode_batch(
     batch: Batch,
+    _view: View,
     *,
     model,
     config: DecodingConfig,
@@ -235,10 +246,10 @@ def _decode_batch(
     ]
 
 
-def _try_decode(decode: Callable[[Batch], T], batch: Batch) -> list[T]:
-    """Return [decode(batch)]; if memory runs out, free caches and return []."""
+def _try_decode(decode: Callable[[Batch, View], T], batch: Batch, view: View) -> list[T]:
+    """Return [decode(batch, view)]; if memory runs out, free caches and return []."""
     try:
-        return [decode(batch)]
+        return [decode(batch, view)]
     except (MemoryError, RuntimeError) as error:
         if not any(map(is_out_of_memory, causes(error))):
             raise

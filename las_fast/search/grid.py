@@ -15,7 +15,7 @@ from las_fast.progress import Progress, progress
 from las_fast.search.beam import beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import MAX_GRAPHS
 from las_fast.search.dataset import decode_batches, listen
-from las_fast.search.views import View, viewed, views_of
+from las_fast.search.views import View, views_of
 
 if TYPE_CHECKING:
     from las_fast.checkpoint import Loaded
@@ -57,11 +57,11 @@ def decode_grid(
 
     searches = sum(len(views_of(point)) for point in settings)
     with progress(len(dataset) * searches, "tuning", "utterances") as bar:
-        pin = torch.device(device).type == "cuda"
-        for view in dict.fromkeys(view for point in settings for view in views_of(point)):
-            seen = viewed(dataset, view)
-            for _ in decode_batches(partial(decode, view=view, bar=bar), seen, loaded.vocabulary, settings[0], pin=pin):
-                pass
+        views = dict.fromkeys(view for point in settings for view in views_of(point))
+        for _ in decode_batches(
+            partial(decode, bar=bar), dataset, views, loaded.vocabulary, settings[0], device=device
+        ):
+            pass
     return texts
 
 

@@ -887,6 +887,37 @@ def test_a_batch_that_does_not_fit_is_halved_and_decoded_completely(error, messa
     assert all(rows * frames <= 21 for rows, frames in model.batches)
 
 
+class DatasetWithViews(FakeDataset):
+    def raw(self, i: int) -> Tensor:
+        return self[i]
+
+    def prepare(self, raw: Tensor) -> Tensor:
+        return raw
+
+
+@pytest.mark.parametrize(
+    ("speeds", "frames", "max_rows", "tried"),
+    [
+        ((1.0, 0.9), [6, 6, 6, 6], 2, [(4, 6), (2, 6), (2, 6), (2, 7), (2, 7)]),  # not (4, 7)
+        ((1.0, 0.25), [5, 5], 1, [(2, 5), (1, 5), (1, 5), (1, 20), (1, 20)]),  # one utterance is always tried
+    ],
+)
+def test_a_size_that_did_not_fit_is_not_tried_again_in_the_next_view(speeds, frames, max_rows, tried):
+    sizes = []
+
+    class SmallModel(ListeningModel):
+        def listen(self, features: Tensor, feature_lengths: Tensor) -> ToyMemory:
+            sizes.append(tuple(features.shape[:2]))
+            if features.shape[0] > max_rows:
+                raise MemoryError
+            return super().listen(features, feature_lengths)
+
+    dataset, settings = DatasetWithViews(np.array(frames), [None] * len(frames)), config(speeds=speeds)
+    actual = decode_dataset(SmallModel(), dataset, Vocabulary(), settings, progress=False, device="cpu")
+    assert sizes == tried
+    assert actual == decode_dataset(ListeningModel(), dataset, Vocabulary(), settings, progress=False, device="cpu")
+
+
 class CapturedInHalves(cuda_graph.CudaGraph):
     """Runs the captured function again; above 2 utterances, memory runs out and the end of the capture fails too."""
 
