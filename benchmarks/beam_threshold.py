@@ -34,7 +34,14 @@ from las_fast.errors import InputError
 from las_fast.files import write_atomically
 from las_fast.ops import Steps
 from las_fast.output.metrics import score
-from las_fast.search.beam import Hypothesis, backtrack, choose_search, fold_length_reward, length_limits, packed_weights
+from las_fast.search.beam import (
+    TokenHypothesis,
+    backtrack,
+    choose_search,
+    fold_length_reward,
+    length_limits,
+    packed_weights,
+)
 from las_fast.search.dataset import batches_to_decode, listen
 from las_fast.search.ngram import load_ngram_model
 from las_fast.search.steps import Search
@@ -73,7 +80,7 @@ class Searcher:
     def limits(self, memory: Any, config: DecodingConfig):
         return length_limits(memory.lengths * self.loaded.model.time_reduction, config)
 
-    def hypotheses(self, memory: Any, config: DecodingConfig) -> list[list[Hypothesis]]:
+    def hypotheses(self, memory: Any, config: DecodingConfig) -> list[list[TokenHypothesis]]:
         return backtrack(self.steps(memory, config), self.limits(memory, config), config, 1, "auto")
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.data.dataset import SpeechDataset
     from las_fast.output.metrics import Scores
     from las_fast.output.transcripts import Word
-    from las_fast.search.beam import Hypothesis
+    from las_fast.search.beam import TokenHypothesis
 
 MAX_LISTED = 20  # unknown characters listed in an error
 SHORT_OPTIONS = ("beam", "beam_threshold", *VIEW_OPTIONS)  # decoding.beam is also --beam
@@ -211,7 +211,7 @@ def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool
     )
 
 
-def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loaded: Loaded) -> dict:
+def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[TokenHypothesis], loaded: Loaded) -> dict:
     """Return the row of utterance i for --jsonl; frames and times are those of the untrimmed recording."""
     from las_fast.data.features import seconds_of
     from las_fast.output.formats import rounded, word_row

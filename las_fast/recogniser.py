@@ -401,7 +401,7 @@ class Recogniser:
         speech_scores: bool = False,
         words: bool = False,
         progress: bool = True,
-    ) -> list[list[beam.Hypothesis]]:
+    ) -> list[list[beam.TokenHypothesis]]:
         """Decode a dataset; see las_fast.search.dataset.decode_dataset.
 
         words: whether hypotheses have words.
@@ -429,7 +429,7 @@ class Recogniser:
         model, vocabulary = self.loaded.model, self.loaded.vocabulary
         return WordFinder(model, vocabulary, self._calibration, frame_shift=shift, greedy=config.beam == 1)
 
-    def hypothesis(self, result: beam.Hypothesis) -> Hypothesis:
+    def hypothesis(self, result: beam.TokenHypothesis) -> Hypothesis:
         """Convert a hypothesis of the search, which has tokens, to one that has text."""
         text = self.loaded.vocabulary.decode(result.text_tokens)
         mean_score = result.score / (len(result.text_tokens) + 1)

@@ -26,7 +26,7 @@ from las_fast.output import faults
 from las_fast.output.metrics import score
 from las_fast.output.transcripts import Word
 from las_fast.recogniser import Recogniser
-from las_fast.search.beam import Hypothesis
+from las_fast.search.beam import TokenHypothesis
 from las_fast.text import Vocabulary
 
 
@@ -518,8 +518,8 @@ def test_a_row_has_scores_of_four_digits_and_frames_of_the_recording():
     loaded = SimpleNamespace(vocabulary=Vocabulary(), model=SimpleNamespace(time_reduction=4), config=config)
     word = Word("AB", 0.105, 0.21, 0.123456)  # in frames 10 to 20
     several = [
-        Hypothesis([3, 4], -1.23456, -1.0, [0, 3], [], True, None, (word,)),
-        Hypothesis([5], -2.00004, -1.0, [9], [], True),
+        TokenHypothesis([3, 4], -1.23456, -1.0, [0, 3], [], True, None, (word,)),
+        TokenHypothesis([5], -2.00004, -1.0, [9], [], True),
     ]
     row = command.jsonl_row(dataset, 1, several, loaded)
     # 100 + 2 * frame is 110 frames later for frame 10, 120 for frame 20

@@ -384,8 +384,8 @@ class Work:
         assert (model, vocabulary, config) == ("model", self.loaded.vocabulary, self.decoder.config)
         self.log.append(f"decode {len(data)}")
         self.data.append((data, options))
-        worse = beam.Hypothesis([90], -8.0, -4.0, [0], [-8.0], True)
-        return [[beam.Hypothesis([65 + i, 66], -6.0, -2.0, [0, 0], [-3.0, -1.0], True, next(self.scores, None)),
+        worse = beam.TokenHypothesis([90], -8.0, -4.0, [0], [-8.0], True)
+        return [[beam.TokenHypothesis([65 + i, 66], -6.0, -2.0, [0, 0], [-3.0, -1.0], True, next(self.scores, None)),
                  worse][:nbest] for i in range(len(data))]  # fmt: skip
 
     def run(self, *argv) -> list[tuple[Segment, ...]]:

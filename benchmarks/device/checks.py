@@ -28,7 +28,7 @@ from las_fast.model.layers import dropout_mask
 from las_fast.model.listener import BiLSTM
 from las_fast.model.speller import Speller
 from las_fast.ops import table_model
-from las_fast.search.beam import Hypothesis, beam_search, fold_length_reward
+from las_fast.search.beam import TokenHypothesis, beam_search, fold_length_reward
 from las_fast.text import EOS, SOS
 from las_fast.training.validate import Validation, validate
 
@@ -309,7 +309,13 @@ def search(name: str, device: str, quick: bool) -> Iterator[Comparison]:
 
 
 def compare_hypotheses(
-    what: str, actual: list[list[Hypothesis]], expected: list[list[Hypothesis]], shape: str, way: str, *, low: bool
+    what: str,
+    actual: list[list[TokenHypothesis]],
+    expected: list[list[TokenHypothesis]],
+    shape: str,
+    way: str,
+    *,
+    low: bool,
 ) -> Iterator[Comparison]:
     """Compare the best hypotheses: their texts, and their scores where the texts are equal. low: in bfloat16."""
     pairs = [(x[0], y[0]) for x, y in zip(actual, expected, strict=True)]

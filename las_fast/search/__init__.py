@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from las_fast.search.beam import Hypothesis, beam_search, greedy_search
+    from las_fast.search.beam import TokenHypothesis, beam_search, greedy_search
     from las_fast.search.dataset import decode_dataset
 
-__all__ = ["Hypothesis", "beam_search", "decode_dataset", "greedy_search"]
+__all__ = ["TokenHypothesis", "beam_search", "decode_dataset", "greedy_search"]
 
 
 def __getattr__(name: str) -> Any:

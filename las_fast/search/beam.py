@@ -29,7 +29,7 @@ from las_fast.text import EOS, PAD, SOS
 
 
 @dataclass(frozen=True)
-class Hypothesis:
+class TokenHypothesis:
     """One candidate text of an utterance."""
 
     text_tokens: list[int]  # without <sos> and <eos>
@@ -42,7 +42,7 @@ class Hypothesis:
     words: tuple[Word, ...] = ()  # see las_fast.search.words; empty if they were not requested
 
 
-def greedy_search(model, memory, config: DecodingConfig) -> list[list[Hypothesis]]:
+def greedy_search(model, memory, config: DecodingConfig) -> list[list[TokenHypothesis]]:
     """Take the most probable token at each step; a list of one hypothesis per utterance. See beam_search."""
     return beam_search(model, memory, dataclasses.replace(config, beam=1))
 
@@ -58,7 +58,7 @@ def beam_search(
     packed: Tensor | None = None,
     backend: str = "auto",
     capture: bool | None = None,
-) -> list[list[Hypothesis]]:
+) -> list[list[TokenHypothesis]]:
     """Search each utterance with a beam of config.beam hypotheses.
 
     The hypotheses of an utterance do not depend on the rest of its batch. At the maximum length <eos> is forced. The
@@ -159,7 +159,9 @@ def choose_search(search: Search, memory, *, capture: bool | None = None) -> Cal
     return search_by_graph if capture else search_by_steps
 
 
-def backtrack(steps: Steps, limits: Limits, config: DecodingConfig, nbest: int, backend: str) -> list[list[Hypothesis]]:
+def backtrack(
+    steps: Steps, limits: Limits, config: DecodingConfig, nbest: int, backend: str
+) -> list[list[TokenHypothesis]]:
     """Follow the back-pointers, copy the nbest hypotheses of each utterance to the host, and return them."""
     tokens, lengths, token_scores, attended = beam_backtrack(*steps, eos=EOS, backend=backend)
     scores = steps.scores[-1]
@@ -192,15 +194,15 @@ def in_one_copy(columns: list[Tensor]) -> list[Tensor]:
     return [new.reshape(x.shape) for new, x in zip(copied, columns, strict=True)]
 
 
-def _hypotheses(nbest: int, *columns: list | np.ndarray) -> list[Hypothesis]:
+def _hypotheses(nbest: int, *columns: list | np.ndarray) -> list[TokenHypothesis]:
     """Return the best hypotheses of one utterance, from the columns of its beams, best first (see backtrack)."""
-    hypotheses: list[Hypothesis] = []
+    hypotheses: list[TokenHypothesis] = []
     for score, normalised, finished, n, tokens, token_scores, attended in zip(*columns, strict=True):
         text = tokens[:n].tolist()
         # With fewer possible texts than beams, the rest are impossible: score -inf, or <pad> or <sos> in the text.
         if math.isfinite(score) and not {PAD, SOS} & set(text):
             attended_frames, scores = attended[:n].tolist(), token_scores[:n].tolist()
-            hypotheses.append(Hypothesis(text, score, normalised, attended_frames, scores, bool(finished)))
+            hypotheses.append(TokenHypothesis(text, score, normalised, attended_frames, scores, bool(finished)))
         if len(hypotheses) == nbest:
             break
-    return hypotheses[:nbest] or [Hypothesis([], -math.inf, -math.inf, [], [], False)]
+    return hypotheses[:nbest] or [TokenHypothesis([], -math.inf, -math.inf, [], [], False)]

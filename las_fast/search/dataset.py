@@ -23,7 +23,7 @@ from las_fast.model.attention import Memory
 from las_fast.ops import NgramModel, ctc_loss
 from las_fast.ops.ctc_loss import min_frames
 from las_fast.progress import Progress
-from las_fast.search.beam import Hypothesis, beam_search, fold_length_reward, packed_weights
+from las_fast.search.beam import TokenHypothesis, beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import clear_graphs
 from las_fast.search.native import LOW_PRECISIONS
 from las_fast.search.views import View, keep_better, viewed, views_of
@@ -85,7 +85,7 @@ def decode_dataset(
     words: WordFinder | None = None,
     progress: bool = True,
     device: str | torch.device,
-) -> list[list[Hypothesis]]:
+) -> list[list[TokenHypothesis]]:
     """Run beam_search on every utterance.
 
     With several config.speeds or config.warps, each utterance is decoded in every view (las_fast/search/views.py), and
@@ -125,7 +125,7 @@ def decode_dataset(
         words=words,
         **options,
     )
-    results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
+    results: list[list[TokenHypothesis]] = [[] for _ in range(len(dataset))]
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
         for view, indices, decoded in decode_batches(decode, dataset, views, vocabulary, config, device=device):
             view_frames = frame_counts_at_speed(dataset.frame_counts, view.speed)
@@ -230,7 +230,7 @@ def _decode_batch(
     with_speech_scores: bool,
     words: WordFinder | None,
     **options,
-) -> list[list[Hypothesis]]:
+) -> list[list[TokenHypothesis]]:
     lengths = batch.feature_lengths.tolist()
     memory = listen(model, batch.to(device), config)
     # All hypotheses vote on the words.
@@ -278,7 +278,7 @@ def _split_in_half(batch: Batch, dataset) -> list[Batch]:
     return halves
 
 
-def _check_finite(hypotheses: list[Hypothesis], name: str) -> None:
+def _check_finite(hypotheses: list[TokenHypothesis], name: str) -> None:
     if not math.isfinite(hypotheses[0].score):
         raise NotFinite(
             f"no hypothesis for {name} has a finite score: the model's outputs are NaN or infinite (use a checkpoint "

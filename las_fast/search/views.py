@@ -20,7 +20,7 @@ from las_fast.data.augment import change_speed, frame_counts_at_speed
 from las_fast.data.warp import warp_frequencies
 
 if TYPE_CHECKING:
-    from las_fast.search.beam import Hypothesis
+    from las_fast.search.beam import TokenHypothesis
 
 
 class View(NamedTuple):
@@ -62,8 +62,8 @@ class _Viewed:
 
 
 def keep_better(
-    kept: list[Hypothesis], hypotheses: list[Hypothesis], *, frames: int, view_frames: int, reduction: int
-) -> list[Hypothesis]:
+    kept: list[TokenHypothesis], hypotheses: list[TokenHypothesis], *, frames: int, view_frames: int, reduction: int
+) -> list[TokenHypothesis]:
     """Return the hypotheses of one utterance whose best has the higher score; of equal ones, `kept`.
 
     Args:
@@ -80,7 +80,7 @@ def keep_better(
     return [_at_own_speed(h, frames / view_frames, last=-(-frames // reduction) - 1) for h in hypotheses]
 
 
-def _at_own_speed(hypothesis: Hypothesis, factor: float, *, last: int) -> Hypothesis:
+def _at_own_speed(hypothesis: TokenHypothesis, factor: float, *, last: int) -> TokenHypothesis:
     """Multiply times by a factor; an encoder frame becomes the one, at most `last`, in which its centre lies then."""
     frames = [min(last, int((frame + 0.5) * factor)) for frame in hypothesis.attended_frames]
     words = tuple(dataclasses.replace(w, start=w.start * factor, end=w.end * factor) for w in hypothesis.words)

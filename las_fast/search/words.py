@@ -24,7 +24,7 @@ import torch
 from las_fast.model.attention import Memory
 from las_fast.ops import ctc_token_times
 from las_fast.output.transcripts import Word
-from las_fast.search.beam import Hypothesis
+from las_fast.search.beam import TokenHypothesis
 from las_fast.search.confidence import Calibration, word_features
 from las_fast.text import SPECIAL, Vocabulary
 
@@ -67,8 +67,8 @@ class WordFinder:
 
     @torch.inference_mode()
     def __call__(
-        self, hypotheses: list[list[Hypothesis]], memory: Memory, feature_lengths: Sequence[int], nbest: int
-    ) -> list[list[Hypothesis]]:
+        self, hypotheses: list[list[TokenHypothesis]], memory: Memory, feature_lengths: Sequence[int], nbest: int
+    ) -> list[list[TokenHypothesis]]:
         """Return the best hypotheses of each utterance with their words, whose times count from its first frame.
 
         Args:
@@ -77,7 +77,7 @@ class WordFinder:
             feature_lengths: feature frames of each utterance.
             nbest:           hypotheses returned per utterance, as far as there are so many.
         """
-        results: list[list[Hypothesis]] = [[] for _ in hypotheses]
+        results: list[list[TokenHypothesis]] = [[] for _ in hypotheses]
         votes = [Votes([self._spell(h) for h in beam], beam) for beam in hypotheses]
         for rank in range(nbest):
             texts = [beam[rank].text_tokens if rank < len(beam) else [] for beam in hypotheses]
@@ -89,12 +89,12 @@ class WordFinder:
                     results[i].append(dataclasses.replace(beam[rank], words=words))
         return results
 
-    def _spell(self, hypothesis: Hypothesis) -> str:
+    def _spell(self, hypothesis: TokenHypothesis) -> str:
         """Return the text with one character per token, so that indices of characters are those of tokens."""
         return "".join(map(self.characters.__getitem__, hypothesis.text_tokens))
 
     def _words(
-        self, votes: Votes, rank: int, hypothesis: Hypothesis, evidence: TokenEvidence | None, limit: float
+        self, votes: Votes, rank: int, hypothesis: TokenHypothesis, evidence: TokenEvidence | None, limit: float
     ) -> tuple[Word, ...]:
         texts, spans = votes.texts[rank], votes.spans[rank]
         if not spans:
@@ -109,7 +109,7 @@ class WordFinder:
             features["known"] = np.array([text in self.calibration.known for text in texts], float)
         return tuple(map(Word, texts, starts.tolist(), ends.tolist(), self.weights(features).tolist()))
 
-    def _token_seconds(self, hypothesis: Hypothesis, evidence: TokenEvidence | None) -> np.ndarray:
+    def _token_seconds(self, hypothesis: TokenHypothesis, evidence: TokenEvidence | None) -> np.ndarray:
         """Return the time of each token in seconds, (U,)."""
         if evidence is not None:
             return evidence.times * (self.model.ctc_time_reduction * self.frame_shift)
@@ -192,7 +192,7 @@ class Votes:
         hypotheses: of one utterance.
     """
 
-    def __init__(self, spelled: list[str], hypotheses: list[Hypothesis]):
+    def __init__(self, spelled: list[str], hypotheses: list[TokenHypothesis]):
         matches = [list(re.finditer(r"\S+", text)) for text in spelled]
         self.texts = [[match[0] for match in words] for words in matches]  # words of each hypothesis
         self.spans = [[match.span() for match in words] for words in matches]  # (first, last + 1) of their tokens

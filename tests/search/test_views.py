@@ -23,7 +23,7 @@ from las_fast.data.warp import warp_frequencies
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
 from las_fast.output.transcripts import Word
-from las_fast.search.beam import Hypothesis
+from las_fast.search.beam import TokenHypothesis
 from las_fast.search.confidence import load_calibration
 from las_fast.search.dataset import Utterances, decode_dataset
 from las_fast.search.grid import decode_grid
@@ -35,7 +35,7 @@ CONFIG = FeatureConfig(kind="mfcc", size=20, mel_bins=23, deltas=1)
 
 
 def hypothesis(score, frames=(0, 5, 9), words=()):
-    return Hypothesis([4] * len(frames), score, score, list(frames), [0.0] * len(frames), True, None, tuple(words))
+    return TokenHypothesis([4] * len(frames), score, score, list(frames), [0.0] * len(frames), True, None, tuple(words))
 
 
 def test_an_utterance_is_decoded_at_every_speed_with_every_warp_once():

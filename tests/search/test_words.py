@@ -16,7 +16,7 @@ from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.model.las import LAS
 from las_fast.output.transcripts import Word
-from las_fast.search.beam import Hypothesis, beam_search
+from las_fast.search.beam import TokenHypothesis, beam_search
 from las_fast.search.confidence import (
     FEATURES,
     Calibration,
@@ -34,11 +34,11 @@ PLAIN = Weights(0.5, {"probability": 2.0, "ctc": 1.0}, {"probability": 0.25, "ct
 CALIBRATION = Calibration(PLAIN, replace(PLAIN, bias=-0.5))
 
 
-def hypothesis(text: str, score: float = -1.0, frames=None, scores=None) -> Hypothesis:
+def hypothesis(text: str, score: float = -1.0, frames=None, scores=None) -> TokenHypothesis:
     tokens = VOCABULARY.encode(text)
     scores = [-0.1] * len(tokens) if scores is None else scores
     frames = list(range(len(tokens))) if frames is None else frames
-    return Hypothesis(tokens, score, score, frames, scores, True)
+    return TokenHypothesis(tokens, score, score, frames, scores, True)
 
 
 def make_model(*, ctc_layer: int = 1, pyramids: int = 1) -> LAS:
@@ -272,5 +272,5 @@ def test_an_empty_text_and_blanks_have_no_words():
     memory = Memory(None, None, torch.tensor([20, 20]), None)
     found = finder(model)([[hypothesis("")], [hypothesis("  ")]], memory, [80, 80], 1)
     assert [row[0].words for row in found] == [(), ()]
-    failed = Hypothesis([], -math.inf, -math.inf, [], [], False)  # of a model that diverged
+    failed = TokenHypothesis([], -math.inf, -math.inf, [], [], False)  # of a model that diverged
     assert finder(model)([[failed]], memory, [80], 1)[0][0].words == ()

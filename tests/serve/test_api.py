@@ -25,7 +25,7 @@ from tiny_corpora import make_music, make_speech
 from las_fast.errors import InputError
 from las_fast.output.formats import Style, as_srt, as_vtt, segment_row
 from las_fast.output.transcripts import Segment, Transcript, Word
-from las_fast.search.beam import Hypothesis
+from las_fast.search.beam import TokenHypothesis
 from las_fast.serve import app
 from las_fast.serve import openai as api
 from las_fast.serve.app import Service
@@ -209,7 +209,7 @@ def test_a_bug_is_reported_without_details(service, wav, monkeypatch, caplog):
 
 
 def not_finite(batch, **options):
-    return [[Hypothesis([], math.nan, math.nan, [], [], False)]] * batch.features.shape[0]
+    return [[TokenHypothesis([], math.nan, math.nan, [], [], False)]] * batch.features.shape[0]
 
 
 DISK_FULL = raising(OSError(28, "No space left on device"))
