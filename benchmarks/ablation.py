@@ -7,7 +7,7 @@
 Every training starts from the weights of CHECKPOINT, with the same seed and the same number of epochs; old-data has
 fewer utterances, so it takes fewer steps, and synthetic, which needs --extra-data, has more. A training that was
 interrupted is resumed, and one that is complete is not repeated, so the command can be given again. With --record, each
-training adds a row to benchmarks/results/recognition.csv, if there is no such row yet.
+training adds a row to benchmarks/results/recognition.csv when it is complete, if there is no such row yet.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,6 @@ from las_fast.data.layouts import open_corpus
 from las_fast.data.manifest import rows_by_id
 from las_fast.errors import InputError
 from las_fast.files import LAST, write_text_atomically
-from las_fast.progress import write
 
 CONFIG = "english"
 SYNTHETIC = "synthetic"  # the variant with the corpora of --extra-data
@@ -92,29 +93,51 @@ def command(name: str, options: argparse.Namespace) -> list[str]:
     return [*words, "--resume"] if (folder / LAST).is_file() else words
 
 
-def train(name: str, options: argparse.Namespace, running: list[subprocess.Popen]) -> None:
-    """Train a variant; its output goes to OUT/NAME.log. Raises InputError if the training fails."""
-    log = options.out / f"{name}.log"
-    with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(command(name, options), stdout=file, stderr=subprocess.STDOUT)
-        running.append(process)
-        status = process.wait()
-    if status:
-        raise InputError(f"the training {name} ended with status {status}; {log} says why")
-    write(f"{name}: complete")
+class Trainings:
+    """Programs that run at the same time; after `stop`, none is left and none can be started."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: list[subprocess.Popen] = []
+        self._stopped = False
+
+    def run(self, words: list[str], log: Path) -> None:
+        """Run a program and wait for it; its output is appended to `log`. Raises InputError if it fails."""
+        with log.open("a", encoding="utf-8") as file:
+            with self._lock:
+                if self._stopped:
+                    return
+                process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+                self._running.append(process)
+            status = process.wait()
+        if status:
+            raise InputError(f"the training {log.stem} ended with status {status}; {log} says why")
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
 
 
-def train_all(options: argparse.Namespace) -> None:
-    """Train all variants, --jobs at once. If one fails or the program is stopped, stop the others: they can resume."""
-    running: list[subprocess.Popen] = []
+def train_all(options: argparse.Namespace) -> Iterator[str]:
+    """Train all variants, --jobs at once; yield the name of each that is complete.
+
+    If one fails or the program is stopped, the others are stopped: they can resume.
+    """
+    commands = {name: command(name, options) for name in options.variants}  # raises errors before any training starts
+    trainings = Trainings()
     with ThreadPoolExecutor(options.jobs) as pool:
+        futures = {
+            pool.submit(trainings.run, words, options.out / f"{name}.log"): name for name, words in commands.items()
+        }
         try:
-            for done in as_completed([pool.submit(train, name, options, running) for name in options.variants]):
+            for done in as_completed(futures):
                 done.result()
+                yield futures[done]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.terminate()
+            trainings.stop()
             raise
 
 
@@ -146,8 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     if SYNTHETIC in options.variants and not options.extra_data:
         raise InputError(f"the variant {SYNTHETIC} needs --extra-data, such as the output of las_fast.data.kokoro")
     options.out.mkdir(parents=True, exist_ok=True)
-    train_all(options)
-    for name in options.variants:
+    for name in train_all(options):
         what = f"preset {CONFIG} for {options.epochs} epochs: {VARIANTS[name].what}"
         row = recognition.summary_row(options.out / name, what=what, data="speech, ablation")
         print(f"{name}: CER {row[recognition.COLUMNS.index('cer_last')]}%, {VARIANTS[name].what}")

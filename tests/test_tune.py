@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_checkpoints import MODEL, make_checkpoint
 from tiny_corpora import make_archive, make_manifest
 
 from las_fast import lm, tune
 from las_fast.checkpoint import load_model
 from las_fast.config import DataConfig, DecodingConfig
-from las_fast.errors import InputError
+from las_fast.errors import InputError, NotFinite
 from las_fast.search import ngram
 from las_fast.search.beam import beam_search
 from las_fast.splits import open_split
@@ -255,6 +256,18 @@ def test_a_batch_that_does_not_fit_is_halved(workspace, monkeypatch, tmp_path):
     monkeypatch.setattr("las_fast.search.grid.beam_search", search)
     tune.main(command)
     assert (tmp_path / "table.csv").read_text() == expected and sizes[0] == 3 and sizes.count(1) == 6
+
+
+def test_a_model_that_diverged_is_refused(workspace, monkeypatch, tmp_path):
+    def diverged(name, device):
+        loaded = load_model(name, device)
+        torch.nn.init.constant_(loaded.model.speller.bias, float("nan"))
+        return loaded
+
+    monkeypatch.setattr("las_fast.checkpoint.load_model", diverged)
+    with pytest.raises(NotFinite, match="no hypothesis for dev-0 has a finite score"):
+        tune.main(argv(workspace, "--beam", 2, "--out", tmp_path / "table.csv"))
+    assert not (tmp_path / "table.csv").exists()
 
 
 def test_progress_counts_each_utterance_once_for_each_setting(workspace, monkeypatch):

@@ -133,7 +133,7 @@ def decode_dataset(
                 counts = {"frames": int(dataset.frame_counts[i]), "view_frames": int(view_frames[i])}
                 results[i] = keep_better(results[i], hypotheses, **counts, reduction=model.time_reduction)
                 if view == views[-1]:
-                    _check_finite(results[i], dataset.ids[i])
+                    check_finite(results[i][0].score, dataset.ids[i])
             bar.update(float(dataset.seconds[indices.numpy()].sum()) / len(views))
     return results
 
@@ -278,8 +278,9 @@ def _split_in_half(batch: Batch, dataset) -> list[Batch]:
     return halves
 
 
-def _check_finite(hypotheses: list[TokenHypothesis], name: str) -> None:
-    if not math.isfinite(hypotheses[0].score):
+def check_finite(score: float, name: str) -> None:
+    """Raise NotFinite if the best score of the utterance `name` is not finite."""
+    if not math.isfinite(score):
         raise NotFinite(
             f"no hypothesis for {name} has a finite score: the model's outputs are NaN or infinite (use a checkpoint "
             "from before it diverged), or a --decoding setting is far out of range"

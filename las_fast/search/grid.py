@@ -14,7 +14,7 @@ from las_fast.data.batch import Batch
 from las_fast.progress import Progress, progress
 from las_fast.search.beam import beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import MAX_GRAPHS
-from las_fast.search.dataset import decode_batches, listen
+from las_fast.search.dataset import check_finite, decode_batches, listen
 from las_fast.search.views import View, views_of
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ def decode_grid(
             partial(decode, bar=bar), dataset, views, loaded.vocabulary, settings[0], device=device
         ):
             pass
+    for row in scores:
+        for score, name in zip(row, dataset.ids, strict=True):
+            check_finite(score, name)
     return texts
 
 
