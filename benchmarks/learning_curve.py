@@ -4,9 +4,10 @@
     python -m benchmarks.learning_curve
 
 The checkpoints differ in data.hours, and in epochs so that each is trained long enough. The first form decodes the dev
-split with each checkpoint, greedily and with its own settings; --record appends the rows to learning_curve.csv. Both
-forms print and draw the recorded rows, together with new ones. The fit is error = c * hours ** -slope, by least squares
-on logarithms. The range of a prediction is that of the fits that leave out one training each.
+split with each checkpoint, greedily and with its own settings, and prints the curve of these and of the recorded rows
+of that corpus; --record appends the rows to learning_curve.csv. The second form prints the curve of the recorded rows,
+of the corpus of the last one. The picture shows recorded rows only. The fit is error = c * hours ** -slope, by least
+squares on logarithms. The range of a prediction is that of the fits that leave out one training each.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from benchmarks.rows import RESULTS, append_rows, context, read_rows
 from benchmarks.splits import scored_split
 from las_fast.checkpoint import Loaded, current_name, load_model
 from las_fast.cli import run
-from las_fast.data.corpus import Corpus
-from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
 from las_fast.output.metrics import score
@@ -37,25 +36,18 @@ PREDICTED_HOURS = (100.0, 460.0)  # train-clean-100, and with train-clean-360
 COLOURS = ("#b5651d", "#0b6e4f", "#4f6d9a")
 
 
-def training_hours(loaded: Loaded, corpus: Corpus) -> float:
-    """Return the hours of speech that a model was trained on: data.hours, or the total of its training splits.
-
-    Raises:
-        InputError: the corpus does not state the durations of its recordings.
-    """
-    if loaded.config.data.hours:
-        return loaded.config.data.hours
-    splits = loaded.config.data.train or corpus.resolve("train")
-    seconds = [u.seconds for split in splits for u in corpus.utterances(split)]
-    if None in seconds:
-        raise InputError(f"{corpus.root} does not give the duration of its recordings; add a column named seconds")
-    return sum(seconds) / 3600
+def training_hours(loaded: Loaded) -> float:
+    """Return the hours of speech that a model was trained on; raise InputError if its checkpoint does not say it."""
+    hours = loaded.info.get("speech_hours") or loaded.config.data.hours
+    if not hours:
+        raise InputError(f"checkpoint {loaded.path} does not say on how many hours it was trained; train it again")
+    return hours
 
 
 def measure(name: str, options: argparse.Namespace) -> list[tuple]:
     """Return rows of COLUMNS for a checkpoint: decoded greedily, and with its own settings."""
-    loaded, corpus = load_model(name), open_corpus(options.data)
-    labels = (Path(name).name, Path(options.data).resolve().name, f"{training_hours(loaded, corpus):.3g}")
+    loaded = load_model(name)
+    labels = (Path(name).name, corpus_label(options.data), f"{training_hours(loaded):.3g}")
     decoding = loaded.config.decoding
     ways = {"greedy": replace(decoding.attention_only(), beam=1), "beam and CTC": decoding}
     dataset = scored_split(options, loaded)
@@ -66,6 +58,17 @@ def measure(name: str, options: argparse.Namespace) -> list[tuple]:
         values = (f"{value:.3f}" for value in (scores.ld, scores.cer, scores.wer))
         rows.append((*context()[:2], *labels, loaded.config.training.epochs, way, scores.utterances, *values))
     return rows
+
+
+def corpus_label(data: str) -> str:
+    """Return the name of a corpus in the column `data`."""
+    return Path(data).resolve().name
+
+
+def of_one_corpus(rows: list[dict[str, str]], data: str | None) -> list[dict[str, str]]:
+    """Return the rows of the corpus `data`, or of the last row's corpus if it is None."""
+    label = corpus_label(data) if data else rows[-1]["data"] if rows else ""
+    return [row for row in rows if row["data"] == label]
 
 
 def fit(hours: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
@@ -160,11 +163,13 @@ def main(argv: list[str] | None = None) -> None:
         append_rows(FILE, COLUMNS, new_rows)
         new_rows = []
     rows = read_rows(FILE) + [dict(zip(COLUMNS, map(str, row), strict=True)) for row in new_rows]
+    rows = of_one_corpus(rows, options.data)
     if (amounts := len({row["hours"] for row in rows})) < 2:
         raise InputError(f"a curve needs trainings on two different amounts of speech, but {FILE.name} and the "
                          f"checkpoints given have {amounts}; add a checkpoint of another data.hours")  # fmt: skip
     print(table(rows))
-    write_atomically(PICTURE, lambda path: draw(path, rows))
+    if not new_rows:
+        write_atomically(PICTURE, lambda path: draw(path, rows))
 
 
 if __name__ == "__main__":

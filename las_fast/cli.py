@@ -14,6 +14,7 @@ from typing import Any
 
 from las_fast.errors import (
     JSON_ESCAPES,
+    STOP_SIGNALS,
     FormerNameWarning,
     InputError,
     SlowPathWarning,
@@ -25,8 +26,6 @@ from las_fast.errors import (
 )
 from las_fast.progress import close_all, write
 from las_fast.system import tune_memory
-
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 COMMANDS = {
     "train": ("las_fast.train", "train a model on recordings with transcripts"),

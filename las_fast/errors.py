@@ -46,6 +46,10 @@ class FormerNameWarning(UserWarning):
     """A released model was asked for by a former name; the model that replaced it is used."""
 
 
+# The signals that stop the program.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class Stopped(KeyboardInterrupt):
     """The program received a stop signal other than Ctrl-C; `signum` is its number."""
 
@@ -86,7 +90,14 @@ NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory",
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error reports that CPU or GPU memory ran out."""
+    """Return whether an error, or one that it was raised from or while handling, reports that memory ran out.
+
+    If memory runs out during the capture of a CUDA graph, torch ends the capture, and that raises another error.
+    """
+    return any(map(_reports_full_memory, causes(error)))
+
+
+def _reports_full_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):  # numpy's too
         return True
     text = str(error).lower()
@@ -122,10 +133,7 @@ ADVICE = {
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error and those it was raised from or while handling.
-
-    If memory runs out during the capture of a CUDA graph, torch ends the capture, and that raises another error.
-    """
+    """Yield the error and those it was raised from or while handling."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

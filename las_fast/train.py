@@ -160,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
             print("this training is complete; nothing is left to do")
         else:
             arguments = sys.argv[1:] if argv is None else argv
-            write_start(options.out, arguments, step=trainer.progress.step, device=str(trainer.device))
+            start = {"step": trainer.progress.step, "resumed": options.resume, "device": str(trainer.device)}
+            write_start(options.out, arguments, **start)
             train(trainer, options, arguments)
 
 

@@ -578,19 +578,29 @@ def test_a_learning_curve_is_fitted_and_its_predictions_have_a_range(tmp_path, m
     assert low < middle < high
     make_manifest(tmp_path / "data", utterances=3)
     names = []
-    for i, length in enumerate((0.0001, 0.0)):
+    data = ["--data", str(tmp_path / "data")]
+    for i, (length, info) in enumerate([(0.0001, {}), (0.0002, {"speech_hours": 0.00015}), (0.0, {})]):
         sections = {"model": replace(MODEL, ctc_layer=0), "data": DataConfig(hours=length),
                     "decoding": DecodingConfig(beam=2, ctc_weight=0.5)}  # fmt: skip
         (tmp_path / str(i)).mkdir()
-        names.append(str(make_checkpoint(tmp_path / str(i), 20, mel_bins=23, sections=sections)))
-    learning_curve.main([*names, "--data", str(tmp_path / "data"), "--record"])
+        names.append(str(make_checkpoint(tmp_path / str(i), 20, mel_bins=23, sections=sections, info=info)))
+    with pytest.raises(InputError, match="does not say on how many hours it was trained"):
+        learning_curve.main([names.pop(), *data])
+    learning_curve.main([*names, *data])
+    assert not (tmp_path / "curve.png").exists() and not (tmp_path / "curve.csv").exists()
+    out = capsys.readouterr().out
+    learning_curve.main([*names, *data, "--record"])
+    assert capsys.readouterr().out == out
     rows = read_rows(tmp_path / "curve.csv")
     assert [row["way"] for row in rows] == ["greedy", "beam and CTC"] * 2
-    assert rows[0]["hours"] == "0.0001" and float(rows[2]["hours"]) > 0.0001
-    out = capsys.readouterr().out
+    assert [row["hours"] for row in rows[::2]] == ["0.0001", "0.00015"]
     assert "| CER, %, beam and CTC | " in out and "460 h, predicted" in out
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
     learning_curve.main([])
+    assert capsys.readouterr().out == out
+    with (tmp_path / "curve.csv").open("a") as file:  # of another corpus, which the curve leaves out
+        file.write(",".join((rows[0] | {"data": "other", "hours": "7"}).values()) + "\n")
+    learning_curve.main([names[0], *data])
     assert capsys.readouterr().out == out
     (tmp_path / "curve.csv").unlink()
     with pytest.raises(InputError, match="two different amounts of speech, but curve.csv .* have 0; add"):

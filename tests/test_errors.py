@@ -111,6 +111,14 @@ def test_out_of_memory_is_recognised_by_type_errno_and_message(error, lacks):
     assert is_out_of_memory(error) is lacks
 
 
+def test_an_error_raised_while_memory_ran_out_reports_it_too():
+    captured = RuntimeError("operation failed due to a previous error during capture")
+    captured.__context__ = torch.OutOfMemoryError("CUDA")
+    wrapped = ValueError("x")
+    wrapped.__cause__ = captured
+    assert is_out_of_memory(captured) and is_out_of_memory(wrapped) and not is_out_of_memory(ValueError("x"))
+
+
 def test_messages_of_libraries_are_shortened_to_one_line():
     short, long = "a\n b" + "x" * 117, "y" * 121
     assert explain_error(OSError(short)) == f"a system call failed (a b{'x' * 117}); run again"

@@ -308,8 +308,7 @@ def _unique_names(splits: tuple[str, ...], parts: list[tuple[CacheEntry, np.ndar
 def _report_skipped(corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset) -> None:
     skipped = dataset.skipped
     if skipped:
-        total = len(dataset) + len(skipped)
-        print(f"{'+'.join(splits)}: left out {len(skipped)} of {total} utterances", file=sys.stderr)
+        print(f"{'+'.join(splits)}: left out {len(skipped)} of {len(dataset.listing)} utterances", file=sys.stderr)
         for name, reason in skipped[:MAX_SHOWN]:
             print(f"  {show(name)}: {show(reason)}", file=sys.stderr)
         if len(skipped) > MAX_SHOWN:

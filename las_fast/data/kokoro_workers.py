@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from las_fast.errors import InputError, explain_error
+from las_fast.errors import STOP_SIGNALS, InputError, explain_error
 
 if TYPE_CHECKING:
     from las_fast.data.kokoro import PlannedUtterance, Studio
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # handled by the main process, which then closes the pipes
 GRACE = 20.0  # seconds to end in; Kokoro needs 14 for an utterance of 20 seconds
 
 
@@ -74,7 +73,7 @@ def _start(studio: Studio) -> tuple[Any, Any]:
 
 def _serve(pipe: Any, studio: Studio) -> None:
     """Record utterances until the pipe ends, which it also does if the main process is killed."""
-    for stop in STOPPING:
+    for stop in STOP_SIGNALS:  # handled by the main process, which then closes the pipes
         signal.signal(stop, signal.SIG_IGN)
     try:
         synthesiser = studio.synthesiser()

@@ -25,10 +25,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from las_fast.errors import STOP_SIGNALS
 from las_fast.progress import write
 from las_fast.system import exit_reason
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # handled by the parent, which ends its workers
 QUEUE_SIZE = 4  # finished batches per worker
 TIMEOUT = 300.0  # seconds without a batch after which a worker counts as hung
 POLL_SECONDS = 0.3  # seconds between calls of poll while waiting for a batch
@@ -201,7 +201,7 @@ def _fork(batches: Batches, order: Sequence[int]) -> tuple[int, io.FileIO]:
     reading, writing = os.pipe()
     with contextlib.suppress(OSError, AttributeError):
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # our handlers must not run in the worker
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # our handlers must not run in the worker
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads: the worker uses none
@@ -222,7 +222,7 @@ def _work(batches: Batches, order: Sequence[int], pipe: int, mask: set) -> None:
     """Run in the worker: write the batches to the pipe, then exit; never returns."""
     status = 1
     try:
-        for s in STOPPING:
+        for s in STOP_SIGNALS:  # handled by the parent, which ends its workers
             signal.signal(s, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from las_fast.data.augment import frame_counts_at_speed
 from las_fast.data.batch import Batch, make_loader
 from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.normalisation import Statistics, model_input
-from las_fast.errors import DoesNotFit, NotFinite, causes, is_out_of_memory
+from las_fast.errors import DoesNotFit, NotFinite, is_out_of_memory
 from las_fast.model.attention import Memory
 from las_fast.ops import NgramModel, ctc_loss
 from las_fast.ops.ctc_loss import min_frames
@@ -251,7 +251,7 @@ def _try_decode(decode: Callable[[Batch, View], T], batch: Batch, view: View) ->
     try:
         return [decode(batch, view)]
     except (MemoryError, RuntimeError) as error:
-        if not any(map(is_out_of_memory, causes(error))):
+        if not is_out_of_memory(error):
             raise
     clear_graphs()
     torch.cuda.empty_cache()

@@ -233,9 +233,7 @@ def _advise_later_masks(epoch: float, config: Config) -> str | None:
 
 def _advise_less_reduction(_epoch: float, config: Config) -> str | None:
     listener = config.model.listener
-    reduction = 2**listener.pyramids
-    for stride in listener.conv_strides:
-        reduction *= stride
+    reduction = listener.time_reduction
     if reduction <= 4 or listener.pyramids == 0:
         return None
     return (

@@ -17,13 +17,14 @@ from las_fast.system import current_commit, machine_name
 STARTS = "starts.jsonl"  # in a run folder
 
 
-def write_start(run: Path, arguments: Sequence[str], *, step: int, device: str) -> None:
+def write_start(run: Path, arguments: Sequence[str], *, step: int, resumed: bool, device: str) -> None:
     """Append a line to run/starts.jsonl.
 
     Args:
         run:       the run folder.
         arguments: of the command las_fast.train.
-        step:      steps taken before this start; 0 unless the training is resumed.
+        step:      steps taken before this start.
+        resumed:   whether the start continues an earlier one, which may have saved its state at step 0.
         device:    of the training, such as "cuda:0".
 
     Raises:
@@ -33,6 +34,7 @@ def write_start(run: Path, arguments: Sequence[str], *, step: int, device: str) 
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": f"python -m las_fast.train {shlex.join(arguments)}",
         "step": step,
+        "resumed": resumed,
         "device": device,
         "machine": machine_name(),
         "version": __version__,
@@ -55,9 +57,10 @@ def read_starts(run: Path) -> list[dict]:
 
 
 def run_id(run: Path) -> str | None:
-    """Return 12 hexadecimal digits that a training keeps when it is resumed: a hash of the start at its step 0.
+    """Return 12 hexadecimal digits that a training keeps when it is resumed: a hash of its first start.
 
     None if starts.jsonl has no such start.
     """
-    fresh = [row for row in read_starts(run) if row.get("step") == 0]  # more than one if the first saved nothing
+    fresh = [row for row in read_starts(run) if row.get("step") == 0 and not row.get("resumed")]
+    # More than one if the first saved nothing.
     return hashlib.sha256(json.dumps(fresh[-1]).encode()).hexdigest()[:12] if fresh else None

@@ -7,8 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 
-from las_fast.cli import STOP_SIGNALS
-from las_fast.errors import Stopped
+from las_fast.errors import STOP_SIGNALS, Stopped
 
 GRACE_SECONDS = 2.0  # stop signals within this time after the first one are ignored
 

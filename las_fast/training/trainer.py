@@ -23,7 +23,7 @@ from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
 from las_fast.data.normalisation import Statistics
 from las_fast.data.splice import Splice, WordTable
-from las_fast.errors import InputError, causes, explain_error, is_out_of_memory
+from las_fast.errors import InputError, explain_error, is_out_of_memory
 from las_fast.model.las import LAS
 from las_fast.progress import Progress as ProgressBar
 from las_fast.progress import write
@@ -264,7 +264,7 @@ class Trainer(Learner):
             options = (self.config, self.device, self.out, self.epoch, self.stop.check)
             return validate(model, self.dev_data, self.vocabulary, *options)
         except (RuntimeError, MemoryError) as error:
-            if not any(map(is_out_of_memory, causes(error))):
+            if not is_out_of_memory(error):
                 raise
             now = self.config.decoding.frames_per_batch
         advice = "continue with --resume" if self.progress.step else "start again"
@@ -277,6 +277,7 @@ class Trainer(Learner):
         cer, progress = result.scores.cer, self.progress
         info = {"epoch": self.epoch, "step": progress.step, "dev": asdict(result.scores), "data": self.source}
         info["core_hours"] = round(self.core_hours(), 3)
+        info["speech_hours"] = round(float(self.train_data.seconds.sum()) / 3600, 4)
         self._save_weights(model, info, best=cer < progress.best_cer)
         progress.plateau.update(cer, self.config.training)
         progress.best_cer, progress.validated = min(progress.best_cer, cer), progress.step

@@ -15,7 +15,6 @@ from las_fast.config import Config, DecodingConfig
 from las_fast.data.batch import Batch, make_loader
 from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.dataset import SpeechDataset
-from las_fast.data.features import seconds_of
 from las_fast.errors import show
 from las_fast.files import write_atomically
 from las_fast.model.attention import Memory
@@ -28,6 +27,7 @@ from las_fast.search.beam import greedy_search
 from las_fast.text import Vocabulary
 from las_fast.training import monitor
 from las_fast.training.losses import token_loss
+from las_fast.training.runs import frame_seconds
 
 MAX_ID_BYTES = 120  # longer utterance ids are cut in the file names of pictures
 MAX_TITLE = 60  # characters of a hypothesis in the title of a picture
@@ -80,8 +80,7 @@ def validate(
         RuntimeError, MemoryError: a batch does not fit in memory.
     """
     model.eval()
-    frame_seconds = seconds_of(config.model.listener.time_reduction, config.features)
-    pictures = AttentionPictures(data, config.training.pictures, frame_seconds)
+    pictures = AttentionPictures(data, config.training.pictures, frame_seconds(config))
     sums, search, hypotheses = _Sums(), _greedy_settings(config), [""] * len(data)
     pin = device.type == "cuda"
     for batch in track(_batches(data, vocabulary, config, pin=pin), "validating", "batches"):

@@ -241,6 +241,12 @@ def test_a_few_skipped_utterances_are_all_listed(archive, capsys):
     assert lines[0] == "dev-clean: left out 1 of 6 utterances" and len(lines) == 2
 
 
+def test_utterances_are_counted_before_hours_are_drawn(archive, capsys):
+    open_corpus(archive).utterances("dev-clean")[0].transcript.unlink()
+    assert len(load(archive, "dev", on_bad="skip", hours=1e-4)) < 5
+    assert capsys.readouterr().err.startswith("dev-clean: left out 1 of 6 utterances")
+
+
 def test_an_id_skipped_in_several_splits_is_listed_with_its_split(archive):
     good = open_corpus(archive).utterances("train-clean-100")[0]
     for path in (good.path, good.transcript):

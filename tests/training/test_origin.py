@@ -10,10 +10,11 @@ from las_fast.training.origin import STARTS, read_starts, write_start
 
 
 def test_each_start_adds_a_line_with_command_machine_and_date(tmp_path):
-    write_start(tmp_path, ["--config", "an4", "--out", "a b"], step=0, device="cpu")
-    write_start(tmp_path, ["--resume"], step=20, device="cuda:1")
+    write_start(tmp_path, ["--config", "an4", "--out", "a b"], step=0, resumed=False, device="cpu")
+    write_start(tmp_path, ["--resume"], step=20, resumed=True, device="cuda:1")
     first, second = read_starts(tmp_path)
-    assert first["command"] == "python -m las_fast.train --config an4 --out 'a b'" and first["step"] == 0
+    assert first["command"] == "python -m las_fast.train --config an4 --out 'a b'"
+    assert (first["step"], first["resumed"], second["resumed"]) == (0, False, True)
     assert second["command"] == "python -m las_fast.train --resume" and second["step"] == 20
     assert (second["device"], second["machine"], second["version"]) == ("cuda:1", machine_name(), __version__)
     assert first["commit"] == second["commit"] == current_commit(Path(__file__).parents[2])

@@ -458,8 +458,8 @@ def test_a_step_without_a_loss_is_omitted_from_the_curve():
 
 def test_the_page_shows_command_commit_machine_and_date_of_each_start(tmp_path, fake_drawing):
     run = write_run(tmp_path / "run")
-    write_start(run, ["--out", "<run>"], step=0, device="cpu")
-    write_start(run, ["--resume"], step=7, device="cpu")
+    write_start(run, ["--out", "<run>"], step=0, resumed=False, device="cpu")
+    write_start(run, ["--resume"], step=7, resumed=True, device="cpu")
     report.write_report(run, tmp_path / "r.html", title="x")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "python -m las_fast.train --out &#x27;&lt;run&gt;&#x27;" in page and "from step 7" in page

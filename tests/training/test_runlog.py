@@ -70,11 +70,12 @@ def test_a_resumed_training_continues_its_run_of_weights_and_biases(tmp_path, mo
     wandb = Wandb(None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = small(training=replace(small().training, wandb=True))
-    for device, step in (("cpu", 0), ("cpu", 7), ("cuda:0", 0), ("cpu", 3)):
-        write_start(tmp_path, ["--out", "run"], step=step, device=device)
+    starts = (("cpu", 0, False), ("cpu", 7, True), ("cuda:0", 0, False), ("cpu", 0, True), ("cpu", 3, True))
+    for device, step, is_resumed in starts:  # the fourth one resumes a training that was saved before its first step
+        write_start(tmp_path, ["--out", "run"], step=step, resumed=is_resumed, device=device)
         RunLog(tmp_path, config, step).close()
-    first, resumed, again, resumed_again = (options["id"] for options in wandb.began)
-    assert first == resumed != again == resumed_again and re.fullmatch("[0-9a-f]{12}", first)
+    first, resumed, again, *resumed_again = (options["id"] for options in wandb.began)
+    assert first == resumed != again and resumed_again == [again, again] and re.fullmatch("[0-9a-f]{12}", first)
 
 
 def test_rows_of_steps_that_are_trained_again_are_dropped(tmp_path):

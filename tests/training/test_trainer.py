@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fakes import Curriculum, raising
@@ -181,6 +182,7 @@ def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
         curriculum=Curriculum(), source={"kind": "features"}, save=lambda: saves.append(trainer.progress.validated)
     )
     trainer.core_hours = lambda: 1.23456
+    trainer.train_data = SimpleNamespace(seconds=np.array([3600.0, 3600.0]))
     trainer._save_weights = lambda model, info, best: kept.append((model, info, best))
     trainer.log = SimpleNamespace(validation=lambda *row: logged.append(row))
     trainer.config = small(training=replace(small().training, schedule="plateau", plateau_patience=0))
@@ -197,6 +199,7 @@ def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
             "dev": {"utterances": 5, "ld": 3.456, "cer": cer, "wer": 60.0},
             "data": {"kind": "features"},
             "core_hours": 1.235,
+            "speech_hours": 2.0,
         }
         for step, cer in ((4, 50.0), (8, 50.0), (12, 40.0))
     ]
