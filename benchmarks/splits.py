@@ -24,6 +24,7 @@ def add_split_options(
     required: bool = True,
     several: bool = False,
     on_bad: bool = False,
+    record: bool = True,
 ) -> None:
     """Add --checkpoint, --data, --split and --record.
 
@@ -33,6 +34,7 @@ def add_split_options(
         required:   False: --checkpoint and --data may be missing.
         several:    --checkpoint takes several, see add_checkpoints_option.
         on_bad:     also add --on-bad and --normalise-text, for scored_split.
+        record:     False: without --record.
     """
     add = parser.add_argument
     if several:
@@ -42,7 +44,8 @@ def add_split_options(
             help="run folder, checkpoint file or released name")  # fmt: skip
     add("--data", required=required, help="corpus, as for las_fast.decode")
     add("--split", default="dev", help="split to decode (default: dev)")
-    add("--record", action="store_true", help=f"append the rows to benchmarks/results/{results.name}")
+    if record:
+        add("--record", action="store_true", help=f"append the rows to benchmarks/results/{results.name}")
     if on_bad:
         add_utterance_options(parser)
 
@@ -54,12 +57,9 @@ def add_checkpoints_option(parser: argparse.ArgumentParser) -> None:
                         metavar="RUN|FILE|NAME", help=text)  # fmt: skip
 
 
-def add_every_option(parser: argparse.ArgumentParser, *, only: str = "") -> None:
-    """Add --every, for utterances_of; only: the command that uses it, for --help."""
-    text = f"{only}: " if only else ""
-    parser.add_argument(
-        "--every", type=int, default=1, metavar="N", help=f"{text}use every N-th utterance (default: 1)"
-    )
+def add_every_option(parser: argparse.ArgumentParser) -> None:
+    """Add --every, for utterances_of."""
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th utterance (default: 1)")
 
 
 def scored_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:

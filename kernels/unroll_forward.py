@@ -1,6 +1,7 @@
 """The forward kernels of speller_unroll: step u of one cell, of the attention, and of the choice of sampled tokens.
 
-Each bind_ function returns a kernel's launch with all arguments but the position.
+Each bind_ function returns a kernel's launch with all arguments but the position, and for the attention the next
+position.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from las_fast.config import MAX_BEAM, VADS, DecodingConfig
 from las_fast.errors import InputError
@@ -54,10 +54,11 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
     """Add --speeds and --warps, by default None."""
     add = parser.add_argument
     add("--speeds", type=as_factor, nargs="+", metavar="X",
-        help="speeds at which each utterance is decoded (2: twice as fast), each with each of the --warps; the text "
-        "with the highest score is kept (default: the checkpoint's)")  # fmt: skip
+        help="speeds at which each utterance is decoded, 0.5 to 2 (2: twice as fast), each with each of the --warps; "
+        "the text with the highest score is kept (default: the checkpoint's)")  # fmt: skip
     add("--warps", type=as_factor, nargs="+", metavar="X",
-        help="factors on the frequencies (1: unchanged); see --speeds (default: the checkpoint's)")  # fmt: skip
+        help="factors on the frequencies, 0.5 to 1.5 (1: unchanged); see --speeds "
+        "(default: the checkpoint's)")  # fmt: skip
 
 
 def check_view_options(options: argparse.Namespace) -> None:
@@ -88,6 +89,29 @@ def check_beam_options(options: argparse.Namespace) -> None:
         raise InputError(f"--beam-threshold must be a finite number of at least 0; got {threshold:g}")
 
 
+def check_transcription_options(options: argparse.Namespace) -> None:
+    """Raise InputError if an option of the search, --nbest or --min-speech-score is out of range."""
+    check_beam_options(options)
+    check_view_options(options)
+    if options.nbest is not None and options.nbest < 1:
+        raise InputError(f"--nbest must be at least 1; got {options.nbest}")
+    if options.nbest is not None and options.beam is not None:
+        check_nbest(options.nbest, options.beam)
+    if math.isnan(options.min_speech_score):
+        raise InputError("--min-speech-score must be a number; got nan")
+
+
+def check_nbest(nbest: int, beam: int) -> None:
+    """Raise InputError if --nbest is greater than the beam."""
+    if nbest > beam:
+        raise InputError(f"--nbest {nbest} needs a beam of at least {nbest}; give --beam {nbest}")
+
+
+def search_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the search, by their names in Python (las_fast.recogniser.DecodingOptions)."""
+    return {name: getattr(options, name) for name in ("beam", "beam_threshold", *VIEW_OPTIONS, "lm")}
+
+
 def as_path(word: str) -> Path:
     """Convert an argument to a path, and expand ~ where the shell does not, as in --out=~/run."""
     from las_fast.files import expand
@@ -103,7 +127,7 @@ def as_path(word: str) -> Path:
 def as_recording(word: str) -> Path:
     """Convert an argument to the path of a recording; "-" is standard input, and ./- a file of that name."""
     path = as_path(word)
-    return path.absolute() if str(path) == "-" != word else path  # pathlib turns ./- into -
+    return path.absolute() if str(path) == "-" and word != "-" else path  # pathlib turns ./- into -
 
 
 def as_folder(word: str) -> Path:

@@ -22,6 +22,7 @@ from las_fast.arguments import (
     as_file,
     as_path,
     check_beam_options,
+    check_nbest,
     check_view_options,
 )
 from las_fast.cli import run
@@ -94,10 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
     check_decoding(loaded[0].config, settings.decoding)
     check_agreement(options, settings.decoding)
-    if options.nbest > settings.decoding.beam:
-        raise InputError(
-            f"--nbest {options.nbest} needs a beam of at least {options.nbest}; give --beam {options.nbest}"
-        )
+    check_nbest(options.nbest, settings.decoding.beam)
     decode(options, loaded[0], settings.decoding)
 
 

@@ -145,9 +145,10 @@ class Recogniser:
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
             beam_threshold:   hypotheses more than this many nats below the best one are dropped; 0: none is; by default
                               that of the checkpoint's settings.
-            speeds, warps:    each segment is decoded at each of these speeds (2: twice as fast) with each of these
-                              factors on its frequencies, and the text with the highest score is kept; by default those
-                              of the checkpoint's settings. (1,) and (1,) decode it once, as it is.
+            speeds, warps:    each segment is decoded at each of these speeds (0.5 to 2; 2: twice as fast) with each of
+                              these factors on its frequencies (0.5 to 1.5), and the text with the highest score is
+                              kept; by default those of the checkpoint's settings. (1,) and (1,) decode it once, as it
+                              is.
             lm:               file of a language model, or name of a released one; its weight is 0.1 unless the settings
                               have one. None: that of the settings; False: no language model.
             nbest:            maximum hypotheses returned per segment, at most the beam; fewer if the search has dropped
@@ -376,7 +377,7 @@ class Recogniser:
             return Decoder(config, ngram, self._packed[decoding.precision])
 
     def _ngram_model(self, decoding: DecodingConfig, lm: str | None) -> tuple[NgramModel | None, DecodingConfig]:
-        """Return the results of fold_length_reward, from a cache if the language model and its weights are the last."""
+        """Return the results of fold_length_reward, from the cache if file and weights are those of the last call."""
 
         def make() -> tuple[NgramModel | None, DecodingConfig]:
             model = load_ngram_model(lm, decoding, self.loaded, self.device, self._lm_option)

@@ -7,7 +7,6 @@ written as soon as its recording is decoded.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,8 +21,9 @@ from las_fast.arguments import (
     add_view_options,
     as_output,
     as_recording,
-    check_beam_options,
-    check_view_options,
+    check_nbest,
+    check_transcription_options,
+    search_options,
 )
 from las_fast.cli import require_stdout, run
 from las_fast.errors import BadRecording, InputError, show
@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(options.device)
     checkpoint = default_model() if options.checkpoint is None else options.checkpoint
     model = Recogniser(load_model(checkpoint, device), device, lm_option="--lm ")
+    check_nbest(options.nbest, model.settings(**search_options(options)).beam)
     done = 0
     for path, transcript in transcribe(paths, model, options):
         emit(path, transcript, options, targets, several=len(paths) > 1)
@@ -137,16 +138,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for numbers out of range."""
-    for name in ("width", "lines", "nbest"):
+    for name in ("width", "lines"):
         value = getattr(options, name)
         if value < 1:
             raise InputError(f"--{name} must be at least 1; got {value}")
-    check_beam_options(options)
-    check_view_options(options)
-    if options.beam is not None and options.nbest > options.beam:
-        raise InputError(f"--nbest {options.nbest} needs a beam at least as wide; got --beam {options.beam}")
-    if math.isnan(options.min_speech_score):
-        raise InputError("--min-speech-score must be a number; got nan")
+    check_transcription_options(options)
 
 
 def choose_format(options: argparse.Namespace, recordings: int) -> None:
@@ -220,11 +216,7 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
     with Progress(sum(map(estimated_seconds, paths)) or None, "transcribing", "s of audio") as bar:
         transcripts = model.transcribe_all(
             paths,
-            beam=options.beam,
-            beam_threshold=options.beam_threshold,
-            speeds=options.speeds,
-            warps=options.warps,
-            lm=options.lm,
+            **search_options(options),
             nbest=options.nbest,
             min_speech_score=options.min_speech_score,
             vad=options.vad,

@@ -139,7 +139,6 @@ def test_a_silent_utterance_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ([], "fit needs --out, the calibration to write"),
         (["--out", "a.csv"], "the output is a calibration; give a name that ends in .json"),
         (["--out", "a.words.json", "--prior", "an5"], "checkpoint an5 is neither"),
         (["--out", "a.words.json", "--prior", "mine"], "--prior .*mine.* has no calibration: .*best.words.json"),
@@ -152,6 +151,15 @@ def test_wrong_options_of_fit_are_an_error_before_the_work(tmp_path, monkeypatch
     (tmp_path / "mine" / "best.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match=sentence):
         main(["fit", "--checkpoint", "nowhere", "--data", "nowhere", *argv])
+
+
+@pytest.mark.parametrize("argv", [["times", "--prior", "x"], ["confidence", "--every", "2"], ["cross", "--out", "x"],
+                                  ["fit", "--out", "x", "--record"], ["fit"]])  # fmt: skip
+def test_options_without_effect_are_refused(argv, capsys):
+    with pytest.raises(SystemExit):
+        main([argv[0], "--checkpoint", "nowhere", "--data", "nowhere", *argv[1:]])
+    err = capsys.readouterr().err
+    assert "unrecognized arguments: --" in err or "required: --out" in err
 
 
 def test_the_prior_is_that_of_the_named_checkpoint(tmp_path):

@@ -137,7 +137,12 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_work(workspace, c
         (
             ["short.wav"],
             ["--format", "json", "--beam", "2", "--nbest", "3"],
-            "--nbest 3 needs a beam at least as wide; got",
+            "--nbest 3 needs a beam of at least 3; give --beam 3",
+        ),
+        (
+            ["short.wav"],
+            ["--format", "json", "--nbest", "999"],
+            "--nbest 999 needs a beam of at least 999; give --beam",
         ),
         (["short.wav"], ["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["short.wav"], ["--beam", "0"], "--beam must be from 1 to 1000; got 0"),

@@ -38,24 +38,40 @@ from las_fast.cli import run
 
 
 def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+    torch.set_num_threads(1)
+    options.measure(options)
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.words", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("command", choices=("times", "confidence", "cross", "fit"))
-    add_split_options(parser, FILE, on_bad=True)
-    add_every_option(parser, only="times")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, measure in (("times", measure_times), ("confidence", measure_confidence), ("cross", measure_by_folds),
+                          ("fit", fit_calibration)):  # fmt: skip
+        command = commands.add_parser(name)
+        command.set_defaults(measure=measure)
+        add_split_options(command, FILE, on_bad=name != "times", record=name != "fit")
+        if name == "times":
+            add_every_option(command)
+        if name in ("cross", "fit"):
+            add_fit_options(command)
+        if name == "fit":
+            add = command.add_argument
+            add("--out", required=True, metavar="FILE", help="calibration to write, such as runs/mine/best.words.json")
+            add("--part", choices=("half", "all"), default="half",
+                help="utterances to use (default: half, the even ones)")  # fmt: skip
+    return parser
+
+
+def add_fit_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a fit: --prior, --text and --large-text."""
     add = parser.add_argument
-    add("--out", metavar="FILE", help="fit: calibration to write")
-    add("--part", choices=("half", "all"), default="half", help="fit: utterances to use (default: half, the even ones)")
     add("--prior", metavar="NAME",
-        help='cross, fit: checkpoint whose calibration is the prior, or "default" (default: none)')  # fmt: skip
-    add("--text", nargs="*", default=[], metavar="SOURCE", help="fit: texts whose words are known, as for las_fast.lm")
+        help='checkpoint whose calibration is the prior, or "default" (default: none)')  # fmt: skip
+    add("--text", nargs="*", default=[], metavar="SOURCE", help="texts whose words are known, as for las_fast.lm")
     add("--large-text", nargs="*", default=[], metavar="FILE.gz",
-        help=f"fit: texts whose words are known if they occur at least {MIN_OCCURRENCES} times")  # fmt: skip
-    options = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    commands = {"times": measure_times, "confidence": measure_confidence, "cross": measure_by_folds,
-                "fit": fit_calibration}  # fmt: skip
-    commands[options.command](options)
+        help=f"texts whose words are known if they occur at least {MIN_OCCURRENCES} times")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -71,8 +71,6 @@ def measure_by_folds(options: argparse.Namespace) -> None:
 
 def fit_calibration(options: argparse.Namespace) -> None:
     """Fit the confidences on --part of the split, and write --out."""
-    if options.out is None:
-        raise InputError("fit needs --out, the calibration to write, such as runs/mine/best.words.json")
     out = Path(options.out)
     prepare_output_file(out, "--out", what="a calibration", suffixes=(".json",), may_replace=is_calibration)
     prior = load_prior(options.prior) if options.prior else None

@@ -1,4 +1,6 @@
-"""SpecAugment (Park et al. 2019), speed changes and joins, on normalised features. Masks never cover all features.
+"""SpecAugment (Park et al. 2019) and joins, on normalised features, and changes of speed, on any frames.
+
+Masks never cover all features.
 
 What changes the frames before normalisation is in las_fast.data.splice (words), warp (the frequency axis) and degrade
 (rooms, noise and silence); las_fast.data.augmented applies all of them.
@@ -45,11 +47,10 @@ class Augment:
             epoch:     epochs done so far; masks start at config.start_epoch, speed changes at once.
             generator: source of every random choice.
             blocks:    number of equal parts of F (features, then deltas); a mask covers a bin in all of them.
-            factor:    speed drawn by speed_factors; None: draw it here.
+            factor:    speed drawn by speed_factors; None: it stays.
         """
-        if self.config.speed > 0:
-            drawn = generator.uniform(1 - self.config.speed, 1 + self.config.speed) if factor is None else factor
-            features = change_speed(features, drawn)
+        if factor is not None:
+            features = change_speed(features, factor)
         return self.mask(features, generator, blocks=blocks) if epoch >= self.config.start_epoch else features
 
     def mask(self, features: torch.Tensor, generator: np.random.Generator, *, blocks: int = 1) -> torch.Tensor:

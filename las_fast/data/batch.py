@@ -83,8 +83,8 @@ def make_loader(
 ) -> Iterable[Batch]:
     """Return a sized iterable with a Batch for each of batches[start:], in that order.
 
-    The padded length T is a multiple of frame_multiple. With `augment` and `splice`, as many utterances as
-    augment.splice says get words of others. pin: into pinned memory, for a model on CUDA.
+    The padded length T is a multiple of frame_multiple. splice: replaces words in a share augment.splice of the
+    utterances; only with augment. pin: into pinned memory, for a model on CUDA.
 
     Batches do not depend on workers or start: augmentation is a function of (seed, epoch, utterance). A worker that
     dies or hangs costs only time; see las_fast.data.loader. poll is called repeatedly while waiting for a batch; it may

@@ -33,7 +33,7 @@ from las_fast.errors import InputError
 
 KINDS = ("room", "noise", "babble", "band_limit")  # in the order of drawing; also the names of their settings
 SETTINGS = ("silence", *KINDS)
-FLAT_SHARE, SILENCE_DB = 0.5, (25.0, 75.0)  # silences of one level; speech level over that of the other silences
+FLAT_SHARE, SILENCE_DB = 0.5, (25.0, 75.0)  # share of silences of one level; dB of the speech over the others
 BANK_SECONDS = 60  # of white noise
 LOW_HZ = 20.0  # coloured noise has one level below this frequency
 COLOURS = (0.0, 2.0)  # power of the frequency with which the power of noise falls: white to brown

@@ -111,8 +111,8 @@ class Kokoro:
         tokens = self._tokenizer.tokenize(phonemes, limit=None)
         if not 1 <= len(tokens) <= MAX_PHONEMES:
             return np.zeros(0, np.float32)
-        rows = {name: voice[min(len(tokens), len(voice)) - 1] for name, voice in self._voices.items()}
-        style = sum(weight * rows[name] for name, weight in speaker.blend.items())
+        row = min(len(tokens), len(next(iter(self._voices.values())))) - 1  # all voices have the same size
+        style = sum(weight * self._voices[name][row] for name, weight in speaker.blend.items())
         inputs = {
             "tokens": np.array([[0, *tokens, 0]], np.int64),  # 0 pads both ends
             "style": np.asarray(style, np.float32)[None],

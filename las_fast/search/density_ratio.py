@@ -1,12 +1,12 @@
 """Density ratio (McDermott, Sak and Variani 2019, "A density ratio approach to language model fusion in end-to-end
 automatic speech recognition"): subtract the language of the training transcripts from a language model.
 
-A speller has learned the language of the transcripts that it was trained on. With p a model of much text and q one of
-the transcripts, a search that adds log p(w | h) counts that language twice; it adds
+A speller has learned the language of the transcripts that it was trained on. Let p be a model of much text, and q one
+of the transcripts. Adding log p(w | h) would count the language of the transcripts twice, so the search adds
 
-    score(w | h) = log p(w | h) - weight * log q(w | h)
+    score(w | h) = log p(w | h) - weight * log q(w | h).
 
-instead. Both are back-off models, so the score is one too: its n-grams are those of p and q, and the back-off weight of
+Both are back-off models, so the score is one too: its n-grams are those of p and q, and the back-off weight of
 a context is that of p minus weight times that of q.
 """
 

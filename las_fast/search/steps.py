@@ -187,7 +187,7 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
 def steps_per_chunk(search: Search, memory) -> int:
     """Return the number of steps in a chunk.
 
-    On CUDA a search notices its end late, and computes up to two chunks less one step too many. Shorter chunks waste
+    On CUDA a search notices its end late, and takes up to 2 * chunk - 1 steps that are not needed. Shorter chunks waste
     less, but each costs a dozen launches, so only short texts get them.
     """
     short = memory.lengths.is_cuda and longest_text(search, memory) <= SHORT_TEXT

@@ -2,9 +2,9 @@
 
 People speak at different speeds, and their vocal tracts differ in length. Therefore an utterance can be decoded several
 times: at each speed of decoding.speeds and with each warp of decoding.warps. The view whose best hypothesis has the
-highest score is kept. For the frequency axis alone this is vocal tract length normalisation (Lee and Rose 1996,
-"Speaker normalization using efficient frequency warping procedures"). Scores are sums of log-probabilities: the length
-penalty and the coverage rank hypotheses within a view, but do not choose between views.
+highest score is kept. With warps alone, this is vocal tract length normalisation (Lee and Rose 1996, "Speaker
+normalization using efficient frequency warping procedures"). Scores are sums of log-probabilities: the length penalty
+and the coverage rank hypotheses within a view, but do not choose between views.
 """
 
 from __future__ import annotations

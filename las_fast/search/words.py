@@ -4,8 +4,8 @@ Times. With a CTC head, the time of a token is the mean frame of its posterior, 
 (ops.ctc_token_times). Without one it is the attended frame, or the latest attended frame of the tokens before it if
 that is later. A word starts near the time of its first character and ends near that of its last. After a pause, CTC's
 peak precedes the sound; elsewhere it follows. Therefore Calibration (las_fast/search/confidence.py) has a constant for
-each case. A word follows a pause if the time of the space before it is more than PAUSE after that of the last character
-of the word before.
+each case. A word follows a pause if the space before it comes more than PAUSE seconds after the last character of the
+previous word.
 
 Confidences. See las_fast/search/confidence.py.
 """

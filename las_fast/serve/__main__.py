@@ -25,20 +25,23 @@ from las_fast.arguments import (
     add_lm_option,
     add_vad_option,
     add_view_options,
-    check_beam_options,
-    check_view_options,
+    check_nbest,
+    check_transcription_options,
+    search_options,
 )
 from las_fast.cli import run
 from las_fast.errors import InputError, print_error, show
 from las_fast.files import DEFAULT_MODEL
 from las_fast.options import Parser
 from las_fast.output.transcripts import MIN_SPEECH_SCORE
-from las_fast.serve.limits import add_options, parse_limits
+from las_fast.serve.limits import BATCH_SECONDS, add_options, parse_limits
 from las_fast.system import choose_device, return_freed_memory
 
 if TYPE_CHECKING:  # importing torch and starlette would slow down --help
     from las_fast.recogniser import Recogniser
     from las_fast.serve.app import Service
+    from las_fast.serve.batcher import Batcher
+    from las_fast.serve.limits import Limits
 
 NBEST = 3  # hypotheses per segment on the page
 
@@ -56,8 +59,9 @@ def parser() -> Parser:
     add_beam_options(parser)
     add_view_options(parser)
     add_lm_option(parser)
-    add("--batch-seconds", type=float, default=60.0, metavar="N",
-        help="seconds of speech decoded together; 0: one segment at a time (default: 60)")  # fmt: skip
+    add("--batch-seconds", type=float, default=BATCH_SECONDS, metavar="N",
+        help="seconds of speech decoded together; 0: one segment at a time "
+        f"(default: {BATCH_SECONDS:g})")  # fmt: skip
     add("--nbest", type=int, help=f"maximum hypotheses per segment on the page (default: {NBEST}, at most the beam)")
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help=f"leave out segments with a lower speech score; -inf keeps all (default: {MIN_SPEECH_SCORE})")  # fmt: skip
@@ -74,42 +78,35 @@ def main(argv: list[str] | None = None) -> None:
     limits = parse_limits(options)
     if not options.batch_seconds >= 0:
         raise InputError(f"--batch-seconds must be 0 or more; got {options.batch_seconds:g}")
-    if options.nbest is not None and options.nbest < 1:
-        raise InputError(f"--nbest must be at least 1; got {options.nbest}")
-    check_beam_options(options)
-    check_view_options(options)
-    if math.isnan(options.min_speech_score):
-        raise InputError("--min-speech-score must be a number; got nan")
+    check_transcription_options(options)
     check_packages()
     with listen(options.host, options.port) as listener:  # before the model is loaded, which takes seconds
         return_freed_memory()
         model, name = open_model(options)
-        from las_fast.recogniser import DecodingOptions
         from las_fast.serve.app import Service
-        from las_fast.serve.batcher import Batcher
 
-        search = DecodingOptions(
-            beam=options.beam,
-            beam_threshold=options.beam_threshold,
-            speeds=options.speeds,
-            warps=options.warps,
-            lm=options.lm,
-        )
-        beam = model.settings(**search).beam
-        nbest = options.nbest or min(NBEST, beam)
-        if nbest > beam:
-            raise InputError(f"--nbest {nbest} needs a beam at least as wide; add --beam {nbest}")
-        batcher = Batcher(
-            model,
-            max_seconds=limits.max_seconds,
-            round_seconds=options.batch_seconds,
-            **search,
-            nbest=nbest,
-            min_speech_score=options.min_speech_score,
-            vad=options.vad,
-        )
+        batcher = make_batcher(model, options, limits)
         start_log(quiet=options.quiet)
         serve(Service(model, name, batcher, limits, options.language), listener)
+
+
+def make_batcher(model: Recogniser, options: argparse.Namespace, limits: Limits) -> Batcher:
+    """Return the batcher of the options; raise InputError if they do not fit the model."""
+    from las_fast.serve.batcher import Batcher
+
+    search = search_options(options)
+    beam = model.settings(**search).beam
+    nbest = options.nbest or min(NBEST, beam)
+    check_nbest(nbest, beam)
+    return Batcher(
+        model,
+        max_seconds=limits.max_seconds,
+        round_seconds=options.batch_seconds,
+        **search,
+        nbest=nbest,
+        min_speech_score=options.min_speech_score,
+        vad=options.vad,
+    )
 
 
 def check_packages() -> None:

@@ -20,9 +20,8 @@ from las_fast.data.segments import NO_SPEECH, Speech
 from las_fast.errors import InputError
 from las_fast.output.transcripts import Segment, Transcript
 from las_fast.recogniser import Recogniser, SearchOptions
+from las_fast.serve.limits import BATCH_SECONDS
 from las_fast.transcription import RecordingState
-
-ROUND_SECONDS = 60.0  # seconds of speech decoded in one batch
 
 Event = Segment | Transcript | Exception  # each segment once it is decoded, then the transcript or an error
 
@@ -163,7 +162,7 @@ class Batcher:
         model: Recogniser,
         *,
         max_seconds: float,
-        round_seconds: float = ROUND_SECONDS,
+        round_seconds: float = BATCH_SECONDS,
         **options: Unpack[SearchOptions],
     ) -> None:
         self.model, self.max_seconds, self.round_seconds = model, max_seconds, round_seconds

@@ -10,6 +10,7 @@ from las_fast.errors import InputError
 
 MEGABYTE = 2**20
 MAX_LIMIT = 1e9  # of each option
+BATCH_SECONDS = 60.0  # seconds of speech decoded in one batch
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class Parts:
     def __init__(self, frames_per_batch: int):
         """frames_per_batch: the setting of data, for advice."""
         self.frames_per_batch = frames_per_batch
-        self.limit = math.inf  # maximum utterances times padded feature frames of a part; inf: not known yet
+        self.limit = math.inf  # largest part that may fit: utterances times padded feature frames; inf: not known yet
         self.used = 1  # parts of the current batch
 
     def begin(self, utterances: int, frames: int) -> int:

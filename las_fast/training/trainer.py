@@ -64,7 +64,7 @@ class Trainer(Learner):
         self.vocabulary = Vocabulary(config.data.characters)
         self.steps = self.curriculum.steps
         self.saved_step: int | None = None  # step in last.pt
-        self.saved_epoch = math.inf  # of that step when it was saved, if batches are smaller now
+        self.saved_epoch = math.inf  # epoch of saved_step in the old batch sizes; inf: they are unchanged
         self.earlier_core_seconds = 0.0  # CPU time of this training before it was resumed
         self.splice: Splice | None = None  # from epoch augment.splice_epoch on
         self.stop = StopSignals()

@@ -87,7 +87,7 @@ def test_stopping_waits_no_longer_than_a_request_can_take(monkeypatch):
 
 def test_a_wide_nbest_needs_a_wide_beam(tmp_path):
     argv = ["--port", "0", "--checkpoint", str(make_checkpoint(tmp_path, 20, mel_bins=23)), "--beam", "2"]
-    with pytest.raises(InputError, match="^--nbest 3 needs a beam at least as wide; add --beam 3$"):
+    with pytest.raises(InputError, match="^--nbest 3 needs a beam of at least 3; give --beam 3$"):
         serve.main([*argv, "--nbest", "3"])
 
 
