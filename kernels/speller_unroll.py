@@ -38,9 +38,10 @@ from las_fast.kernels.unroll_backward import (
     output_layer_gradients,
 )
 from las_fast.kernels.unroll_forward import bind_attend, bind_cells, bind_choose
-from las_fast.kernels.unroll_layout import cell_sizes, layout, output_layer, part_starts
+from las_fast.kernels.unroll_layout import layout, output_layer, part_starts
 from torch import Tensor
 
+from las_fast.ops import SpellerWeights
 from las_fast.system import stream_for
 
 CHUNK = 16  # tokens of a CUDA graph
@@ -62,18 +63,19 @@ def speller_unroll(
     Returns:
         logits (B, U, V), attention (B, U, T), the tokens read (U, B), operands (U, B, *) and states (U, B, *).
     """
-    (B, U), V, T, E = tokens.shape, len(weights[0]), keys.shape[1], values.shape[2]
-    where = layout(cell_sizes(weights), E)
+    speller = SpellerWeights.from_flat(weights)
+    (B, U), V, T, E = tokens.shape, len(speller.embedding), keys.shape[1], values.shape[2]
+    where = layout(speller.cell_sizes, E)
     # Zeros: the first step reads its hidden states and context here, and opcheck compares the gaps between the parts.
     operands = keys.new_zeros(U, B, where.operands, dtype=torch.bfloat16 if bf16 else torch.float32)
     states, attention = keys.new_zeros(U, B, where.states), keys.new_empty(U, B, T)
     if B == 0:
         return keys.new_empty(U, B, V).transpose(0, 1), attention.transpose(0, 1), tokens.t().clone(), operands, states
     torch._assert_async(((tokens >= 0) & (tokens < V)).all(), f"tokens must be at least 0 and less than V={V}")
-    read = tokens.t().clamp(0, V - 1).contiguous()  # the kernels may read before the assertion stops the program
-    cells = bind_cells(weights, masks, read, operands, states, where)
-    attend = bind_attend(weights, keys, values, lengths, operands, attention, where)
-    choose = bind_choose(weights, sampled, read, operands, where) if sampled.numel() else None
+    tokens_read = tokens.t().clamp(0, V - 1).contiguous()  # the kernels may read before the assertion stops the program
+    cells = bind_cells(speller, masks, tokens_read, operands, states, where)
+    attend = bind_attend(speller, keys, values, lengths, operands, attention, where)
+    choose = bind_choose(speller, sampled, tokens_read, operands, where) if sampled.numel() else None
     position = _positions(keys, 0)
 
     def spell(u: int) -> None:
@@ -85,31 +87,32 @@ def speller_unroll(
             choose(position=now)
 
     _repeat(spell, U, keys.device)
-    logits = output_layer(weights, operands, where)[-1]
-    return logits.view(U, B, V).transpose(0, 1), attention.transpose(0, 1), read, operands, states
+    logits = output_layer(speller, operands, where)[-1]
+    return logits.view(U, B, V).transpose(0, 1), attention.transpose(0, 1), tokens_read, operands, states
 
 
 def speller_unroll_backward(
     logits_gradient: Tensor | None, attention_gradient: Tensor | None, weights: list[Tensor], keys: Tensor,
-    values: Tensor, lengths: Tensor, masks: list[Tensor], attention: Tensor, read: Tensor, operands: Tensor,
+    values: Tensor, lengths: Tensor, masks: list[Tensor], attention: Tensor, tokens_read: Tensor, operands: Tensor,
     states: Tensor, bf16: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """Launch the backward pass: the gradients of weights, keys and values."""
-    (U, B), E = read.shape, values.shape[2]
+    (U, B), E = tokens_read.shape, values.shape[2]
     if B == 0:
         return [torch.zeros_like(x) for x in weights], torch.zeros_like(keys), torch.zeros_like(values)
-    where, starts = layout(cell_sizes(weights), E), part_starts([len(bias) for bias in weights[7::2]])
-    readout, output_gradients = output_layer_gradients(logits_gradient, weights, operands, where)
+    speller = SpellerWeights.from_flat(weights)
+    where, starts = layout(speller.cell_sizes, E), part_starts([len(bias) for bias in speller.gate_biases])
+    readout, output_gradients = output_layer_gradients(logits_gradient, speller, operands, where)
     gates = operands.new_empty(U, B, starts[-1])
     attention = attention.transpose(0, 1).contiguous()  # (U, B, T)
     contexts, scores = values.new_empty(U, B, E), torch.empty_like(attention)
-    output, hidden = (keys.new_empty(B, size) for size in (weights[1].shape[1], cell_sizes(weights)[0]))
-    enter = bind_input_gradient(weights, readout, gates, contexts, hidden)
+    output, hidden = (keys.new_empty(B, size) for size in (speller.query.shape[1], speller.cell_sizes[0]))
+    enter = bind_input_gradient(speller, readout, gates, contexts, hidden)
     attend = bind_attend_gradient(
-        weights, keys, values, lengths, attention_gradient, attention, readout, contexts, scores, output,
+        speller, keys, values, lengths, attention_gradient, attention, readout, contexts, scores, output,
         operands.dtype,
     )  # fmt: skip
-    cells = bind_cell_gradients(weights, masks, gates, states, output, hidden, where, starts)
+    cells = bind_cell_gradients(speller, masks, gates, states, output, hidden, where, starts)
     position = _positions(keys, U - 1)
 
     def differentiate(i: int) -> None:
@@ -120,8 +123,8 @@ def speller_unroll_backward(
             cell(position=now, next_position=after)
 
     _repeat(differentiate, U, keys.device)
-    query, query_bias, *memory = memory_gradients(weights, keys, attention, operands, contexts, scores, where)
-    embedding, *cell_weights = gates_gradients(weights, read, operands, gates, where, starts)
+    query, query_bias, *memory = memory_gradients(speller, keys, attention, operands, contexts, scores, where)
+    embedding, *cell_weights = gates_gradients(speller, tokens_read, operands, gates, where, starts)
     output_gradients[0] += embedding
     return [output_gradients[0], query, query_bias, *output_gradients[1:], *cell_weights], *memory
 

@@ -17,7 +17,6 @@ from las_fast.kernels.unroll_layout import (
     Layout,
     attention_options,
     bmm,
-    cell_sizes,
     folded_keys,
     matmul_grid,
     matmul_options,
@@ -53,7 +52,7 @@ def input_gradient_kernel(
         inside = (b[:, None] < B) & (n[None, :] < E)
         row = tl.cast(u, tl.int64) * B + b[:, None]
         upstream = readout_gradient + row * (H_LAST + E) + H_LAST + n[None, :]
-        context = total + tl.load(upstream, mask=inside)
+        context = total + tl.load(upstream, mask=inside, other=0.0)
         tl.store(context_gradients + row * E + n[None, :], context, mask=inside)
         inside = (b[:, None] < B) & (n[None, :] >= E) & (n[None, :] < E + H)
         tl.store(hidden_gradient + b[:, None].to(tl.int64) * H + n[None, :] - E, total, mask=inside)
@@ -89,7 +88,7 @@ def attend_gradient_kernel(
             tl.store(score_gradients + step * T + t, dw, mask=t < length)
         tl.debug_barrier()  # these are read by other threads than those that wrote them
         # (BLOCK_H,)
-        total = tl.load(readout_gradient + step * (H + E) + h, mask=h < H)
+        total = tl.load(readout_gradient + step * (H + E) + h, mask=h < H, other=0.0)
         for t0 in range(0, T, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             dw = tl.load(score_gradients + step * T + t, mask=t < length, other=0.0)
@@ -104,15 +103,15 @@ def attend_gradient_kernel(
 @triton.jit(do_not_specialize=["B", "U"])
 def cell_gradient_kernel(
     gates_gradient, states, weight, weight_above, output_gradient, hidden_gradient, cell_gradient, masks,
-    B, U, row_size, state_size, cell_at, gates_at, gradient_at, above_at, below, H, H_ABOVE,
+    B, U, row_size, state_size, cell_at, gates_at, gradient_at, above_at, below_size, H, H_ABOVE,
     position, next_position,
     FIRST: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of the gates of a cell at step u, and its cell state's gradient for step u - 1.
 
-    weight is (below + H, 4H) of this cell, weight_above (H + H_ABOVE, 4 * H_ABOVE) of the cell above. The LAST cell
-    takes the gradient of its output from attend_gradient_kernel, the FIRST that of its hidden state from
+    weight is (below_size + H, 4H) of this cell, weight_above (H + H_ABOVE, 4 * H_ABOVE) of the cell above. The LAST
+    cell takes the gradient of its output from attend_gradient_kernel, the FIRST that of its hidden state from
     input_gradient_kernel.
     """
     u = tl.load(position)
@@ -136,15 +135,15 @@ def cell_gradient_kernel(
         else:
             after = gates_gradient + (first + B) * row_size + gradient_at
             rows = tl.where(u + 1 < U, B, 0)  # no step follows the last
-            recurrent = weight + tl.cast(below, tl.int64) * 4 * H
+            recurrent = weight + tl.cast(below_size, tl.int64) * 4 * H
             gradient += matmul(after, recurrent, b, n, row_size, rows, H, 4 * H, PRECISION, BLOCK_K)
         row = first + b[:, None]
         state = states + row * state_size + n[None, :]
-        i = tl.load(state + gates_at, mask=inside)
-        f = tl.load(state + gates_at + H, mask=inside)
-        g = tl.load(state + gates_at + 2 * H, mask=inside)
-        o = tl.load(state + gates_at + 3 * H, mask=inside)
-        tanh_cell = tanh(tl.load(state + cell_at, mask=inside))
+        i = tl.load(state + gates_at, mask=inside, other=0.0)
+        f = tl.load(state + gates_at + H, mask=inside, other=0.0)
+        g = tl.load(state + gates_at + 2 * H, mask=inside, other=0.0)
+        o = tl.load(state + gates_at + 3 * H, mask=inside, other=0.0)
+        tanh_cell = tanh(tl.load(state + cell_at, mask=inside, other=0.0))
         before = tl.load(state + cell_at - tl.cast(B, tl.int64) * state_size, mask=inside & (u > 0), other=0.0)
         carried = cell_gradient + b[:, None].to(tl.int64) * H + n[None, :]
         dc = gradient * o * (1.0 - tanh_cell * tanh_cell) + tl.load(carried, mask=inside & (u + 1 < U), other=0.0)
@@ -162,7 +161,7 @@ def bind_input_gradient(weights, readout, gates, contexts, hidden) -> Callable[.
     weight = recurrent(weights, 0, gates.dtype).t().contiguous()
     return partial(
         input_gradient_kernel[matmul_grid(B, E + H)], gates, weight, readout, contexts,
-        hidden, B, U, row_size, 0, E, H, weights[1].shape[1], BLOCK_N=UNITS, **matmul_options(B, gates.dtype),
+        hidden, B, U, row_size, 0, E, H, weights.query.shape[1], BLOCK_N=UNITS, **matmul_options(B, gates.dtype),
     )  # fmt: skip
 
 
@@ -182,7 +181,7 @@ def bind_cell_gradients(
     weights, masks, gates, states, output, hidden, where: Layout, starts: list[int]
 ) -> list[Callable[..., None]]:
     """Return the launches of the cells' gradients, from the last cell to the first."""
-    (U, B, _), sizes = gates.shape, cell_sizes(weights)
+    (U, B, _), sizes = gates.shape, weights.cell_sizes
     transposed = [recurrent(weights, n, gates.dtype).t().contiguous() for n in range(len(sizes))]
     launches = []
     for n, H in reversed(list(enumerate(sizes))):
@@ -191,7 +190,7 @@ def bind_cell_gradients(
             cell_gradient_kernel[matmul_grid(B, H)],
             gates, states, transposed[n], transposed[above], output, hidden, states.new_empty(B, H),
             masks[n].contiguous() if masks else None, B, U, starts[-1], where.states, where.cell[n], where.gates[n],
-            starts[n], starts[above], where.below[n], H, sizes[above],
+            starts[n], starts[above], where.below_size[n], H, sizes[above],
             FIRST=n == 0, LAST=n + 1 == len(sizes), MASKED=bool(masks), BLOCK_H=UNITS,
             **matmul_options(B, gates.dtype),
         ))  # fmt: skip
@@ -200,41 +199,41 @@ def bind_cell_gradients(
 
 def output_layer_gradients(gradient, weights, operands, where: Layout) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of the output layer's input (U B, H + E), and of embedding, project, its bias and bias."""
-    embedding, _, _, project, project_bias, bias = weights[:6]
-    (U, B, _), P, dtype = operands.shape, project.shape[1], operands.dtype
+    (U, B, _), P, dtype = operands.shape, weights.project.shape[1], operands.dtype
     if gradient is None:
-        none = [torch.zeros_like(x) for x in (embedding, project, project_bias, bias)]
+        trained = (weights.embedding, weights.project, weights.project_bias, weights.bias)
+        none = [torch.zeros_like(x) for x in trained]
         return operands.new_zeros(U * B, P, dtype=torch.float32), none
     gradient = gradient.transpose(0, 1).reshape(U * B, -1)
     hidden, features, _ = output_layer(weights, operands, where)
-    hidden_gradient = torch.ops.aten.gelu_backward(mm(gradient, embedding, dtype), hidden)
+    hidden_gradient = torch.ops.aten.gelu_backward(mm(gradient, weights.embedding, dtype), hidden)
     x = part(operands, where.readout, P)
     weight_gradients = [
         mm(gradient.t(), features, dtype), mm(hidden_gradient.t(), x, dtype), hidden_gradient.sum(0), gradient.sum(0)
     ]  # fmt: skip
-    return mm(hidden_gradient, project, dtype), weight_gradients
+    return mm(hidden_gradient, weights.project, dtype), weight_gradients
 
 
 def memory_gradients(weights, keys, attention, operands, contexts, scores, where: Layout) -> tuple[Tensor, ...]:
     """Return the gradients of query, its bias, keys and values."""
-    H, dtype = weights[1].shape[1], operands.dtype
+    H, dtype = weights.query.shape[1], operands.dtype
     outputs = operands[..., where.readout : where.readout + H].transpose(0, 1)
     folded = bmm(scores.permute(1, 2, 0), outputs, dtype).flatten(0, 1)  # (B T, H)
     bias = scores.sum(0).flatten()  # (B T,)
-    keys_gradient = mm(folded, weights[1].t(), dtype) + bias[:, None] * weights[2]
+    keys_gradient = mm(folded, weights.query.t(), dtype) + bias[:, None] * weights.query_bias
     query = mm(keys.flatten(0, 1).t(), folded, dtype)
     values_gradient = bmm(attention.permute(1, 2, 0), contexts.transpose(0, 1), dtype)
     return query, torch.mv(keys.flatten(0, 1).t(), bias), keys_gradient.view(keys.shape), values_gradient
 
 
-def gates_gradients(weights, read, operands, gates, where: Layout, starts: list[int]) -> list[Tensor]:
+def gates_gradients(weights, tokens_read, operands, gates, where: Layout, starts: list[int]) -> list[Tensor]:
     """Return the gradients of the embedding as input of cell 1, and of the weights and biases of each cell."""
-    embedding, dtype, gradients = weights[0], operands.dtype, []
-    for n, H in enumerate(cell_sizes(weights)):
+    embedding, dtype, gradients = weights.embedding, operands.dtype, []
+    for n, H in enumerate(weights.cell_sizes):
         cell_gates = part(gates, starts[n], 4 * H)
-        weight = mm(cell_gates.t(), part(operands, where.operand[n], where.below[n] + H), dtype)
+        weight = mm(cell_gates.t(), part(operands, where.operand[n], where.below_size[n] + H), dtype)
         gradients += [weight, cell_gates.float().sum(0)]
-    first = part(gates, starts[0], len(weights[7])).float()
-    table = torch.ops.aten.embedding_dense_backward(first, read.flatten(), len(embedding), -1, False)  # (V, 4H)
+    first = part(gates, starts[0], len(weights.gate_biases[0])).float()
+    table = torch.ops.aten.embedding_dense_backward(first, tokens_read.flatten(), len(embedding), -1, False)  # (V, 4H)
     gradients[0] = torch.cat((mm(table.t(), embedding, dtype), gradients[0]), 1)
-    return [mm(table, weights[6][:, : embedding.shape[1]], dtype), *gradients]
+    return [mm(table, weights.gates[0][:, : embedding.shape[1]], dtype), *gradients]

@@ -10,6 +10,8 @@ from las_fast.kernels.tiles import float32_precision
 from torch import Tensor
 from torch.nn import functional as F
 
+from las_fast.ops import SpellerWeights
+
 ALIGNMENT = 32  # numbers: parts of a row of operands or states start at a multiple, so that loads are wide
 ROWS, UNITS = 32, 16  # utterances and units per program: many small programs, since a step waits for the previous one
 DEPTH = {torch.bfloat16: 64, torch.float32: 32}  # numbers of a row that one iteration of a matmul takes
@@ -20,7 +22,7 @@ class Layout(NamedTuple):
     """Where the parts of a row of operands (inputs of each layer) and of states begin, in numbers."""
 
     operand: tuple[int, ...]  # of each cell: [context or output of the cell below, hidden state]
-    below: tuple[int, ...]  # size of the first part of each operand
+    below_size: tuple[int, ...]  # size of the first part of each operand
     readout: int  # operand of the output layer: [output of the last cell, context]
     operands: int  # numbers in a row of operands
     cell: tuple[int, ...]  # of each cell: cell state
@@ -28,7 +30,7 @@ class Layout(NamedTuple):
     states: int  # numbers in a row of states
 
 
-def layout(sizes: tuple[int, ...], E: int) -> Layout:
+def layout(sizes: list[int], E: int) -> Layout:
     """Return the layout for cells of these sizes and contexts of E numbers."""
     below = (E, *sizes[:-1])
     *operand, readout, operands = part_starts([*(b + h for b, h in zip(below, sizes, strict=True)), sizes[-1] + E])
@@ -44,19 +46,14 @@ def part_starts(sizes: list[int]) -> list[int]:
     return starts
 
 
-def cell_sizes(weights: list[Tensor]) -> tuple[int, ...]:
-    """Return the number of units of each cell."""
-    return tuple(len(bias) // 4 for bias in weights[7::2])
-
-
 def part(rows: Tensor, start: int, size: int) -> Tensor:
     """Return part of each row of operands or of gates (U, B, *), as (U B, size)."""
     return rows[..., start : start + size].flatten(0, 1)
 
 
-def recurrent(weights: list[Tensor], n: int, dtype: torch.dtype) -> Tensor:
-    """Return the weights of cell n without the columns of the embedding, (4H, below + H), in that dtype."""
-    return weights[6 + 2 * n][:, weights[0].shape[1] if n == 0 else 0 :].to(dtype).contiguous()
+def recurrent(weights: SpellerWeights, n: int, dtype: torch.dtype) -> Tensor:
+    """Return the weights of cell n without the columns of the embedding, (4H, below_size + H), in that dtype."""
+    return weights.gates[n][:, weights.embedding.shape[1] if n == 0 else 0 :].to(dtype).contiguous()
 
 
 def matmul_options(B: int, dtype: torch.dtype) -> dict:
@@ -82,15 +79,14 @@ def bmm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(x.to(dtype), y.to(dtype)).float()
 
 
-def folded_keys(weights: list[Tensor], keys: Tensor, dtype: torch.dtype) -> Tensor:
+def folded_keys(weights: SpellerWeights, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """Return keys @ W_q, (B, T, H), so that scores are dot products with the last cell's output, not with the query."""
-    return mm(keys.flatten(0, 1), weights[1], dtype).to(dtype).view(*keys.shape[:2], weights[1].shape[1])
+    return mm(keys.flatten(0, 1), weights.query, dtype).to(dtype).view(*keys.shape[:2], weights.query.shape[1])
 
 
-def output_layer(weights: list[Tensor], operands: Tensor, where: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def output_layer(weights: SpellerWeights, operands: Tensor, where: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Return the input of the gelu and its output (U B, M), and the logits (U B, V), all float32."""
-    embedding, _, _, project, project_bias, bias = weights[:6]
-    x = part(operands, where.readout, project.shape[1])
-    hidden = mm(x, project.t(), operands.dtype) + project_bias
+    x = part(operands, where.readout, weights.project.shape[1])
+    hidden = mm(x, weights.project.t(), operands.dtype) + weights.project_bias
     features = F.gelu(hidden)
-    return hidden, features, mm(features, embedding.t(), operands.dtype) + bias
+    return hidden, features, mm(features, weights.embedding.t(), operands.dtype) + weights.bias

@@ -198,18 +198,20 @@ def round_to_tf32(x):
 
 
 def assert_as_accurate_as_plain(actual, exact, plain, unit, name):
-    """Assert that the RMS error is at most twice the plain formula's, plus EXTRA_ROUNDINGS of the largest result.
+    """Assert that RMS and largest error are at most four times the plain formula's, plus EXTRA_ROUNDINGS of the largest
+    result.
 
-    The largest error may be four times the plain formula's, because a single element varies more.
+    The plain formula's error depends on the processor: the order in which PyTorch adds is better on a Zen 4 than on an
+    Intel Xeon.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
     if not actual.numel():
         return
     errors = [(x.detach().cpu().double() - exact).abs() for x in (actual, plain)]
     rounding = EXTRA_ROUNDINGS * unit * max_abs(exact)
-    for statistic, factor, measure in (("rms", 2, lambda x: x.square().mean().sqrt()), ("largest", 4, torch.max)):
+    for statistic, measure in (("rms", lambda x: x.square().mean().sqrt()), ("largest", torch.max)):
         error, plain_error = (float(measure(x)) for x in errors)
-        allowed = PLAIN_ERRORS * factor * plain_error + rounding
+        allowed = PLAIN_ERRORS * 4 * plain_error + rounding
         assert error <= allowed, f"{name}: {statistic} error {error:.3g}, allowed {allowed:.3g}"
 
 
