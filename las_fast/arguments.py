@@ -103,6 +103,8 @@ def check_transcription_options(options: argparse.Namespace) -> None:
 
 def check_nbest(nbest: int, beam: int) -> None:
     """Raise InputError if --nbest is greater than the beam."""
+    if nbest > MAX_BEAM:
+        raise InputError(f"--nbest must be at most {MAX_BEAM}, the largest beam; got {nbest}")
     if nbest > beam:
         raise InputError(f"--nbest {nbest} needs a beam of at least {nbest}; give --beam {nbest}")
 

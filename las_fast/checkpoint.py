@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 
 from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.normalisation import Statistics
-from las_fast.errors import FormerNameWarning, InputError, is_out_of_memory
+from las_fast.errors import FormerNameWarning, HiddenModelWarning, InputError, is_out_of_memory
 from las_fast.files import (
     AVERAGED,
     BEST,
@@ -88,12 +88,12 @@ def released_models() -> list[str]:
     return sorted(p.stem for p in RELEASED.glob("*.safetensors") if not p.name.endswith(".lm.safetensors"))
 
 
-def default_model() -> str:
-    """Return the name of the released model of commands without --checkpoint; raise InputError if there is none."""
+def default_model() -> Path:
+    """Return the file of the released model of commands without --checkpoint; raise InputError if there is none."""
     names = released_models()
     if not names:
         raise InputError("this installation has no released model; give --checkpoint and a run folder")
-    return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]
+    return RELEASED / f"{DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]}.safetensors"
 
 
 def current_name(name: str) -> str:
@@ -117,7 +117,7 @@ def checkpoint_at(path: Path) -> Path | None:
 def find_checkpoint(name: str | Path) -> Path:
     """Return the file of a checkpoint, given as a file, a run folder (its best checkpoint), or a released model.
 
-    A folder without a checkpoint does not hide a released model of its name.
+    A file or a run folder hides a released model of its name, with a HiddenModelWarning; another folder does not.
 
     Raises:
         InputError: there is no such checkpoint.
@@ -129,9 +129,13 @@ def find_checkpoint(name: str | Path) -> Path:
         raise InputError(
             f"{path} is a training state, for --resume; to decode, give the folder {path.parent} or {BEST} in it"
         )
+    released = released_models()
     if found := checkpoint_at(path):
+        if str(name) in released:
+            message = f"{name} is {found.absolute()}, not the released model; give ./{name}, or rename it"
+            warnings.warn(message, HiddenModelWarning, stacklevel=4)  # the caller of las_fast.load
         return found
-    released, current = released_models(), current_name(str(name))
+    current = current_name(str(name))
     if current in released:
         return RELEASED / f"{current}.safetensors"
     if os.path.isdir(path):
@@ -155,6 +159,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
     """Load a model for decoding; raise InputError if it is missing, corrupt or not a las_fast checkpoint."""
     path = find_checkpoint(name)
     try:
+        path.open("rb").close()  # safe_open's errors do not say what is wrong
         with utf8_path(path) as name, safe_open(name, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -16,6 +16,7 @@ from las_fast.errors import (
     JSON_ESCAPES,
     STOP_SIGNALS,
     FormerNameWarning,
+    HiddenModelWarning,
     InputError,
     SlowPathWarning,
     Stopped,
@@ -158,7 +159,7 @@ def plain_warnings() -> Iterator[None]:
     usual = warnings.showwarning
 
     def show_warning(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
-        if issubclass(category, (SlowPathWarning, FormerNameWarning)):
+        if issubclass(category, (SlowPathWarning, FormerNameWarning, HiddenModelWarning)):
             write(f"warning: {message}", file=sys.stderr)
         else:
             usual(message, category, *place, **options)

@@ -46,6 +46,10 @@ class FormerNameWarning(UserWarning):
     """A released model was asked for by a former name; the model that replaced it is used."""
 
 
+class HiddenModelWarning(UserWarning):
+    """A file or a run folder here has the name of a released model; it is used instead."""
+
+
 # The signals that stop the program.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 

@@ -169,7 +169,7 @@ def calibration_of(loaded: Loaded) -> Path | None:
 
 def check_companions(out: Path, loaded: Loaded) -> None:
     """Raise InputError if the language model or the calibration beside the output must not be replaced or used."""
-    from las_fast.search.confidence import calibration_path_for, is_calibration
+    from las_fast.search.confidence import calibration_path_for, is_calibration, read_calibration
     from las_fast.search.ngram import is_lm
 
     checkpoint, calibration = loaded.path, calibration_of(loaded)
@@ -178,6 +178,7 @@ def check_companions(out: Path, loaded: Loaded) -> None:
             lm_path_for(out), "--out", what="a language model", inputs=(lm_path_for(checkpoint),), may_replace=is_lm
         )
     if calibration is not None:
+        read_calibration(calibration)  # raises an error if it is damaged
         prepare_output_file(
             calibration_path_for(out),
             "--out",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from las_fast.checkpoint import Loaded, load_model
-from las_fast.config import DecodingConfig, check_decoding
+from las_fast.config import MAX_BEAM, DecodingConfig, check_decoding
 from las_fast.data.audio import name_of
 from las_fast.data.features import seconds_of
 from las_fast.data.samples import is_array, to_numpy
@@ -249,12 +249,18 @@ class Recogniser:
         Raises:
             InputError: the features or an option are invalid, or an utterance does not fit in memory.
         """
-        decoder = self.decoder(self.settings(**options), options.get("lm"))
-        check_nbest(nbest, decoder.config.beam)
+        decoder = self._decoder_of(options, nbest)
         if not isinstance(features, (list, tuple)):
             return self._decode(self._utterances({"features": features}), decoder, nbest)[0]
         by_name = {f"features[{i}]": x for i, x in enumerate(features)}
         return self._decode(self._utterances(by_name), decoder, nbest) if by_name else []
+
+    def _decoder_of(self, options: DecodingOptions, nbest: int) -> Decoder:
+        """Return the decoder of the options; raise InputError for all that makes decoding with them impossible."""
+        decoder = self.decoder(self.settings(**options), options.get("lm"))
+        check_nbest(nbest, decoder.config.beam)
+        self._word_finder(decoder.config)  # reads the calibration, which may be damaged
+        return decoder
 
     def _decode(self, data: Utterances, decoder: Decoder, nbest: int) -> list[list[Hypothesis]]:
         results = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, words=True, progress=False)
@@ -303,8 +309,7 @@ class Recogniser:
         if warning := self.features_warning():
             warn(warning)
         check_vad(vad)
-        decoder = self.decoder(self.settings(**options), options.get("lm"))
-        check_nbest(nbest, decoder.config.beam)
+        decoder = self._decoder_of(options, nbest)
         return Transcription(
             features=self.loaded.config.features,
             statistics=self.loaded.statistics,
@@ -456,5 +461,7 @@ def check_nbest(nbest: int, beam: int) -> None:
     """Raise InputError if nbest is not a whole number from 1 to the beam width."""
     if isinstance(nbest, bool) or not isinstance(nbest, (int, np.integer)) or nbest < 1:
         raise InputError(f"nbest must be a whole number of at least 1; got {nbest!r}")
+    if nbest > MAX_BEAM:
+        raise InputError(f"nbest must be at most {MAX_BEAM}, the largest beam; got {nbest}")
     if nbest > beam:
         raise InputError(f"nbest={nbest} needs a beam of at least {nbest}; give beam={nbest}")

@@ -3,6 +3,7 @@
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from las_fast.checkpoint import (
 from las_fast.cli import plain_warnings
 from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.normalisation import Statistics
-from las_fast.errors import FormerNameWarning, InputError
+from las_fast.errors import FormerNameWarning, HiddenModelWarning, InputError
 from las_fast.search.ngram import find_lm
 
 CONFIG = Config(
@@ -126,7 +127,13 @@ def test_a_folder_without_a_checkpoint_does_not_hide_a_released_model(tmp_path, 
         assert find_checkpoint("speech13h") == find_checkpoint("english")
     for name in ("an4", "speech13h"):
         Path(name, "best.safetensors").touch()  # a run folder of that name comes first
-        assert find_checkpoint(name) == Path(name, "best.safetensors")
+    assert find_checkpoint("speech13h") == Path("speech13h", "best.safetensors")
+    hidden = re.escape(f"an4 is {tmp_path}/an4/best.safetensors, not the released model; give ./an4, or rename it")
+    with pytest.warns(HiddenModelWarning, match=hidden):
+        assert find_checkpoint("an4") == Path("an4", "best.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_checkpoint("./an4") == Path("an4", "best.safetensors")
 
 
 def test_a_former_name_without_its_successor_is_unknown(tmp_path, monkeypatch):
@@ -154,7 +161,7 @@ def test_a_file_without_read_permission_is_not_called_damaged(saved, monkeypatch
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("las_fast.checkpoint.safe_open", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(InputError, match=r"cannot be read \(Permission denied\); check its permissions"):
         load(saved[1])
@@ -259,13 +266,22 @@ def test_weights_without_their_settings_are_refused(tmp_path, missing):
         load_model(tmp_path / "other.safetensors")
 
 
+def test_a_run_folder_does_not_hide_the_default_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("english").mkdir()
+    Path("english", "best.safetensors").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_model(default_model()).name == "english"
+
+
 def test_the_default_model_is_english_or_the_only_one(tmp_path, monkeypatch):
     monkeypatch.setattr("las_fast.checkpoint.RELEASED", tmp_path)
     with pytest.raises(InputError, match="no released model; give --checkpoint"):
         default_model()
     for name in ("an4", "english"):
         (tmp_path / f"{name}.safetensors").touch()
-        assert default_model() == name
+        assert default_model() == tmp_path / f"{name}.safetensors"
 
 
 @pytest.mark.parametrize(("file", "name"), [("best.safetensors", "mine"), ("averaged.safetensors", "mine"),

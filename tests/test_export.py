@@ -205,3 +205,11 @@ def test_the_calibration_of_confidences_is_copied_and_replaces_only_another(tmp_
     with pytest.raises(InputError, match="small.words.json"):
         export_model(path)
     assert other.read_text() == "notes"
+
+
+def test_a_damaged_calibration_is_not_copied(tmp_path):
+    path = make_checkpoint(tmp_path)
+    calibration_path_for(path).write_text("{}")
+    with pytest.raises(InputError, match=f"{path.stem}.words.json is not a calibration"):
+        export_model(path)
+    assert not (tmp_path / "small.safetensors").exists() and not (tmp_path / "small.words.json").exists()

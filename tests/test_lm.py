@@ -536,10 +536,20 @@ def test_a_bad_file_is_a_one_sentence_error(tmp_path, damage, message):
         load_lm(path)
 
 
+def test_a_file_without_read_permission_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    save_lm(tmp_path / "m.safetensors", train(TEXT, order=2, characters=AB))
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"m.safetensors cannot be read \(Permission denied\); check its permissions"):
+        load_lm(tmp_path / "m.safetensors")
+
+
 def test_a_checkpoint_as_language_model_and_a_missing_file_are_refused(tmp_path):
     with pytest.raises(InputError, match="not a language model of las_fast"):
         load_lm(make_checkpoint(tmp_path))
-    with pytest.raises(InputError, match="gone.safetensors is not a readable"):
+    with pytest.raises(InputError, match=r"gone.safetensors cannot be read \(No such file"):
         load_lm(tmp_path / "gone.safetensors")
 
 
@@ -920,7 +930,7 @@ def test_the_language_model_beside_a_checkpoint_is_used_if_its_settings_have_a_w
     checkpoint.save_model(tmp_path / "NAME.safetensors", loaded.model.state_dict(), weighted, None, {})
     (tmp_path / "NAME.lm.safetensors").write_bytes((workspace / "lm.safetensors").read_bytes())
     monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)
-    assert checkpoint.released_models() == ["NAME"] and checkpoint.default_model() == "NAME"
+    assert checkpoint.released_models() == ["NAME"] and checkpoint.default_model() == tmp_path / "NAME.safetensors"
     with pytest.raises(InputError, match="released models: NAME$"):
         checkpoint.find_checkpoint("OTHER")
     explicit = ["--lm", str(workspace / "lm.safetensors"), "--decoding.ngram-weight", "0.7"]

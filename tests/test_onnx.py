@@ -238,6 +238,16 @@ def test_the_example_says_which_wav_it_needs(tmp_path):
         onnx_greedy.read_wav(str(tmp_path / "talk.wav"), 16000)
 
 
+@pytest.mark.parametrize(("cut", "message"), [(44, "has 0 of the 100"), (144, "has 50 of the 100")])
+def test_the_example_refuses_a_wav_without_its_samples(tmp_path, cut, message):
+    with wave.open(str(tmp_path / "talk.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(200))
+    (tmp_path / "talk.wav").write_bytes((tmp_path / "talk.wav").read_bytes()[:cut])
+    with pytest.raises(SystemExit, match=f"{message} samples it announces; copy it again"):
+        onnx_greedy.read_wav(str(tmp_path / "talk.wav"), 16000)
+
+
 def test_a_file_that_is_not_wav_is_one_sentence(tmp_path):
     (tmp_path / "talk.wav").write_bytes(b"ID3 not wav")
     for name in ("talk.wav", "missing.wav"):
@@ -252,6 +262,7 @@ def test_only_wav_and_npy_are_read_and_other_files_are_one_sentence(tmp_path):
     np.save(tmp_path / "flat.npy", np.zeros(7, np.float32))
     np.save(tmp_path / "none.npy", np.zeros((0, 7), np.float32))
     np.save(tmp_path / "wide.npy", np.zeros((3, 8), np.float32))
+    np.save(tmp_path / "nan.npy", np.full((3, 7), np.nan, np.float32))
     np.save(tmp_path / "good.npy", np.ones((3, 7), np.float32))
     for name, message in {
         "talk.ogg": "talk.ogg: give a wav file or .npy features$",
@@ -261,6 +272,7 @@ def test_only_wav_and_npy_are_read_and_other_files_are_one_sentence(tmp_path):
         "flat.npy": r"has shape \(7,\) and type float32; the model needs \(T, 7\)",
         "none.npy": r"has shape \(0, 7\)",
         "wide.npy": r"has shape \(3, 8\)",
+        "nan.npy": "nan.npy contains NaN or infinite values; compute it again",
     }.items():
         with pytest.raises(SystemExit, match=message):
             onnx_greedy.read_frames(str(tmp_path / name), settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -267,6 +268,7 @@ INVALID_RECORDINGS = {
     "warp 2": (SPEECH, RATE, {"warps": (1, 2)}, "decoding.warps must be at most 1.5; got 2"),
     "warp NaN": (SPEECH, RATE, {"warps": (np.nan,)}, "decoding.warps must be a finite number; got nan"),
     "nbest 0": (SPEECH, RATE, {"nbest": 0}, "nbest must be a whole number of at least 1; got 0"),
+    "nbest 1001": (SPEECH, RATE, {"nbest": 1001}, "nbest must be at most 1000, the largest beam; got 1001"),
     "nbest 3": (SPEECH, RATE, {"nbest": 3, "beam": 2}, "nbest=3 needs a beam of at least 3; give beam=3"),
     "a missing lm": (SPEECH, RATE, {"lm": "gone"}, "lm=gone is not a file"),
     "lm True": (SPEECH, RATE, {"lm": True}, "lm must be a path, the name of a released model, None or False; got"),
@@ -449,6 +451,16 @@ def test_noise_segments_are_left_out_with_a_warning(workspace, tmp_path):
         f"{workspace / 'short.wav'}: left out 1 segment that may be noise, the first at {segment.start:.1f} s "
         f"(speech score {segment.speech_score:.2f}); min_speech_score sets the limit"
     ]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("{}"), Path.mkdir, lambda path: path.symlink_to("gone")])
+def test_a_damaged_calibration_is_an_error_before_the_work(workspace, tmp_path, make):
+    shutil.copy(workspace / "untrained-20.safetensors", tmp_path / "mine.safetensors")
+    make(tmp_path / "mine.words.json")
+    model = las_fast.load(tmp_path / "mine.safetensors", device="cpu")
+    for work in (model.transcription, lambda: model.decode(np.zeros((9, 23), np.float32))):
+        with pytest.raises(InputError, match="mine.words.json (is not a calibration|cannot be read)"):
+            work()
 
 
 def test_many_recordings_are_decoded_together_and_come_in_order(workspace, model):

@@ -144,6 +144,11 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_work(workspace, c
             ["--format", "json", "--nbest", "999"],
             "--nbest 999 needs a beam of at least 999; give --beam",
         ),
+        (
+            ["short.wav"],
+            ["--format", "json", "--nbest", "1001"],
+            "--nbest must be at most 1000, the largest beam; got 1001",
+        ),
         (["short.wav"], ["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["short.wav"], ["--beam", "0"], "--beam must be from 1 to 1000; got 0"),
         (["short.wav"], ["--beam-threshold", "-1"], "--beam-threshold must be a finite number of at least 0; got -1"),

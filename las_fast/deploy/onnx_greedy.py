@@ -96,7 +96,10 @@ def read_wav(path, rate):
         with wave.open(path) as file:
             actual = (file.getframerate(), file.getnchannels(), file.getsampwidth() * 8)
             if actual == (rate, 1, 16):
-                return np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+                samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+                if len(samples) and len(samples) == file.getnframes():
+                    return samples
+                sys.exit(f"{path} has {len(samples)} of the {file.getnframes()} samples it announces; copy it again")
     except (OSError, EOFError, wave.Error) as error:
         sys.exit(f"{path} cannot be read as wav ({error}); convert it to {rate} Hz, one channel, 16 bits")
     sys.exit(f"{path} has (Hz, channels, bits) {actual}; the model needs {(rate, 1, 16)}; convert it")
@@ -131,6 +134,8 @@ def read_frames(path, settings):
         sys.exit(f"{path} cannot be read as .npy ({error}); give a wav file or .npy features")
     if frames.ndim != 2 or not len(frames) or frames.shape[1] != settings["size"] or frames.dtype.kind not in "fiu":
         sys.exit(f"{path} has shape {frames.shape} and type {frames.dtype}; the model needs (T, {settings['size']})")
+    if not np.isfinite(frames).all():
+        sys.exit(f"{path} contains NaN or infinite values; compute it again")
     return frames
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def load_calibration(checkpoint: Path) -> Calibration:
         InputError: the file cannot be read or is damaged.
     """
     path = calibration_path_for(checkpoint)
-    return read_calibration(path if path.is_file() else DEFAULT)
+    return read_calibration(path if os.path.lexists(path) else DEFAULT)
 
 
 def read_calibration(path: Path) -> Calibration:

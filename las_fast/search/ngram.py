@@ -151,6 +151,7 @@ def load_lm(path: Path) -> LanguageModel:
     from las_fast.data import plain_text
 
     try:
+        path.open("rb").close()  # safe_open's errors do not say what is wrong
         with utf8_path(path) as name, safe_open(name, framework="np") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") not in READERS:
@@ -164,6 +165,8 @@ def load_lm(path: Path) -> LanguageModel:
     except _DamagedError:
         raise InputError(f"{path} is damaged: its numbers are inconsistent; make it or copy it again") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
         if plain_text.is_arpa_or_kenlm(path):
             problem = f"{path} is an n-gram model of another program, which las_fast cannot read"
             raise InputError(f"{problem}; train one on its text with python -m las_fast.lm") from None
