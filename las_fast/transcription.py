@@ -37,12 +37,13 @@ class RecordingState:
     is_read: bool = False  # to its end
     duration: float = 0.0  # seconds; known once it is read
     error: InputError | None = None  # why it cannot be read
+    warnings: list[str] = field(default_factory=list)  # problems that make recognition worse
 
     def transcript(self) -> Transcript:
         """Return the transcript of the segments decoded so far."""
         text = join_texts(self.segments).strip()
         path = os.fsdecode(self.recording) if isinstance(self.recording, (str, os.PathLike)) else None
-        return Transcript(text, tuple(self.segments), tuple(self.noise), self.duration, path)
+        return Transcript(text, tuple(self.segments), tuple(self.noise), self.duration, path, tuple(self.warnings))
 
 
 @dataclass
@@ -111,10 +112,11 @@ class Transcription:
         except InputError as error:
             state.error = error
             return
-        for message in recording.warnings:
-            self.warn(message)
+        state.warnings += recording.warnings
         if not has_speech:
-            self.warn(f"{state.name}: no speech was found in its {seconds:.2f} seconds")
+            state.warnings.append(f"{state.name}: no speech was found in its {seconds:.2f} seconds")
+        for message in state.warnings:
+            self.warn(message)
         state.duration, state.is_read = seconds, True
 
     def add(self, state: RecordingState, speech: Speech) -> None:

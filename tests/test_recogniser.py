@@ -463,6 +463,13 @@ def test_a_damaged_calibration_is_an_error_before_the_work(workspace, tmp_path, 
             work()
 
 
+def test_a_transcript_has_the_warnings_about_its_recording(workspace, model, tmp_path):
+    whole = (workspace / "short.wav").read_bytes()
+    (tmp_path / "half.wav").write_bytes(whole[: len(whole) // 2])
+    transcript, messages = call_with_warnings(model.transcribe, tmp_path / "half.wav")
+    assert transcript.warnings == tuple(messages) and "half.wav is cut off" in messages[0]
+
+
 def test_many_recordings_are_decoded_together_and_come_in_order(workspace, model):
     array = soundfile.read(workspace / "short.wav", dtype="float32")[0]
     recordings = [workspace / "short.wav", workspace / "long.wav", workspace / "stereo.wav"]

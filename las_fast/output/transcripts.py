@@ -60,6 +60,7 @@ class Transcript:
     noise: tuple[Segment, ...] = ()  # segments left out of the text because of a low speech score
     duration: float = 0.0  # of the recording, in seconds
     recording: str | None = field(default=None, compare=False)  # its path; None for a file object or an array
+    warnings: tuple[str, ...] = field(default=(), compare=False)  # problems that make recognition worse
 
     @property
     def words(self) -> tuple[Word, ...]:

@@ -334,8 +334,8 @@ async def _json_lines(events: AsyncIterator[Segment | Transcript]) -> AsyncItera
 
 def _done_row(transcript: Transcript) -> dict[str, Any]:
     files = {name: write(Path("recording"), transcript, Style()) for name, write in (("srt", as_srt), ("vtt", as_vtt))}
-    row = {"text": transcript.text, "duration": transcript.duration}
-    return {**row, "segments_left_out": len(transcript.noise), **files}
+    row = {"text": transcript.text, "duration": transcript.duration, "warnings": openai.warnings_of(transcript)}
+    return {**row, **files}
 
 
 def _line(row: dict[str, Any]) -> str:

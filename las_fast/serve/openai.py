@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from las_fast.output.formats import Style, as_srt, as_vtt, rounded
-from las_fast.output.transcripts import Segment, Transcript
+from las_fast.output.transcripts import Segment, Transcript, noise_warning
 from las_fast.serve.errors import ApiError
 from las_fast.serve.uploads import Form
 from las_fast.text import Vocabulary
@@ -90,13 +90,14 @@ def respond(transcript: Transcript, request: Request, vocabulary: Vocabulary) ->
 
 
 def verbose(transcript: Transcript, request: Request, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the JSON object of verbose_json; in addition to OpenAI's fields, words have their confidence."""
+    """Return the JSON object of verbose_json; OpenAI has neither `warnings` nor the confidences of words."""
     row: dict[str, Any] = {
         "task": "transcribe",
         "language": request.language,
         "duration": transcript.duration,
         "text": transcript.text,
         "usage": usage(transcript),
+        "warnings": warnings_of(transcript),
     }
     if "segment" in request.granularities:
         row["segments"] = [segment_row(i, segment, vocabulary) for i, segment in enumerate(transcript.segments)]
@@ -133,6 +134,12 @@ def no_speech_probability(segment: Segment) -> float:
     if segment.speech_score is None:
         return 0.0
     return 1 / (1 + math.exp(min(500.0, segment.speech_score * len(segment.text))))
+
+
+def warnings_of(transcript: Transcript) -> list[str]:
+    """Return the problems of a recording that make recognition worse, and whether segments were left out as noise."""
+    noise = [noise_warning("the file", transcript, "--min-speech-score of the service")] if transcript.noise else []
+    return [*transcript.warnings, *noise]
 
 
 def usage(transcript: Transcript) -> dict[str, Any]:

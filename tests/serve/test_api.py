@@ -121,6 +121,24 @@ def test_words_have_times_and_confidences():
     assert [word["word"] for word in row["words"]] == ["SO", "IT", "IS"]
 
 
+def test_problems_of_the_recording_are_reported(service, wav):
+    half = wav()[: len(wav()) // 2]
+    answer = service.post(file=half, response_format="verbose_json").json()
+    assert len(answer["warnings"]) == 1 and answer["warnings"][0].startswith("the file is cut off: it has")
+    *_, last = service.post("/transcribe", file=half).text.splitlines()
+    assert json.loads(last)["warnings"] == answer["warnings"]
+
+
+def test_segments_left_out_as_noise_are_reported():
+    said = transcript(score=0.25)
+    noisy = replace(said, segments=(), noise=said.segments, warnings=("the file is quiet",))
+    assert api.warnings_of(said) == [] and api.warnings_of(noisy) == [
+        "the file is quiet",
+        "the file: left out 1 segment that may be noise, the first at 1.0 s (speech score 0.25); --min-speech-score of "
+        "the service sets the limit",
+    ]
+
+
 def test_segments_have_whispers_fields():
     row = api.segment_row(3, transcript().segments[0], Vocabulary())
     assert row == {

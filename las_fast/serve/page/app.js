@@ -91,8 +91,8 @@ function finish(row, recording) {
   find("downloads").hidden = false;
   find("result").hidden = false;
   const words = recording.segments.flatMap((segment) => segment.shownWords).length;
-  const left = row.segments_left_out ? `; ${plural(row.segments_left_out, "noisy segment")} left out` : "";
-  say(row.text ? `Done: ${plural(words, "word")} in ${clock(row.duration)}${left}.` : `No speech was found${left}.`);
+  const done = row.text ? `Done: ${plural(words, "word")} in ${clock(row.duration)}.` : "No speech was found.";
+  say([done, ...row.warnings.map((warning) => `Warning: ${warning}.`)].join("\n"));
 }
 
 function say(text) {
