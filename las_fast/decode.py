@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.search.beam import TokenHypothesis
 
 MAX_LISTED = 20  # unknown characters listed in an error
+LONG_SECONDS = 60  # of an utterance in which a model may lose its place: it was trained on shorter ones
 SHORT_OPTIONS = ("beam", "beam_threshold", *VIEW_OPTIONS)  # decoding.beam is also --beam
 
 
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
         check_options(options)
         loaded.append(load_model(options.checkpoint, choose_device(options.device)))
-        decoding = with_default_weight(loaded[0].config.decoding, options.lm)
+        decoding = with_default_weight(loaded[0], options.lm)
         return DecodingSettings(replace(decoding, **short_values(options)))
 
     options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
@@ -162,6 +163,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     )
     normalised = options.normalise_text or loaded.config.data.normalise_text
     check_references(dataset, loaded, normalised=normalised)
+    warn_of_long_utterances(dataset)
     started = time.perf_counter()
     hypotheses = model.decode_dataset(dataset, decoder, nbest=options.nbest, words=bool(options.jsonl))
     seconds = time.perf_counter() - started
@@ -171,6 +173,19 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     summary = summarise(dataset, rows, seconds)
     print(format_summary(summary, options.out))
     print(json.dumps(summary))
+
+
+def warn_of_long_utterances(dataset: SpeechDataset) -> None:
+    """Warn if an utterance is so long that models lose their place in it."""
+    long = dataset.seconds > LONG_SECONDS
+    if long.any():
+        i = int(dataset.seconds.argmax())
+        print(
+            f"warning: {int(long.sum())} of {len(dataset)} utterances are longer than {LONG_SECONDS} s, the longest is "
+            f"{dataset.ids[i]} ({dataset.seconds[i]:.0f} s); models invent text in long utterances: give parts by the "
+            "manifest's columns start and end, or use transcribe, which cuts recordings at pauses",
+            file=sys.stderr,
+        )
 
 
 def warn_of_fault(texts: list[str], loaded: Loaded) -> None:

@@ -109,11 +109,16 @@ def first_line(path: Path) -> str:
 
 def safetensors_format(path: Path) -> str | None:
     """Return the `format` entry of the metadata; None if it is no safetensors file or has no such entry."""
-    with contextlib.suppress(OSError, ValueError, AttributeError), path.open("rb") as file:
+    return safetensors_metadata(path).get("format")
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; {} if it is none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length <= MAX_HEADER_BYTES:
-            return json.loads(file.read(length)).get("__metadata__", {}).get("format")
-    return None
+            return dict(json.loads(file.read(length)).get("__metadata__", {}))
+    return {}
 
 
 # ---------------------------------------------------------------------------------------- Checks before the work starts

@@ -149,8 +149,9 @@ class Recogniser:
                               these factors on its frequencies (0.5 to 1.5), and the text with the highest score is
                               kept; by default those of the checkpoint's settings. (1,) and (1,) decode it once, as it
                               is.
-            lm:               file of a language model, or name of a released one; its weight is 0.1 unless the settings
-                              have one. None: that of the settings; False: no language model.
+            lm:               file of a language model, or name of a released one; its weight is that of the settings,
+                              or 0.1 if they have none or one for a model made with --subtract. None: the checkpoint's
+                              language model, if its settings have a weight; False: none.
             nbest:            maximum hypotheses returned per segment, at most the beam; fewer if the search has dropped
                               the others.
             min_speech_score: segments with a lower speech score are left out as noise; -inf keeps all. Without a CTC
@@ -355,7 +356,7 @@ class Recogniser:
         if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
             raise InputError(f"lm must be a path, the name of a released model, None or False; got {type_name(lm)}")
         decoding = self.loaded.config.decoding
-        decoding = replace(decoding, ngram_weight=0.0) if lm is False else with_default_weight(decoding, lm)
+        decoding = replace(decoding, ngram_weight=0.0) if lm is False else with_default_weight(self.loaded, lm)
         if beam is not None:
             decoding = replace(decoding, beam=int(beam))
         if beam_threshold is not None:

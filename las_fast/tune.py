@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = choose_device(options.device)
     loaded = load_model(options.checkpoint, device)
-    settings = grid(options, names, with_default_weight(loaded.config.decoding, options.lm))
+    settings = grid(options, names, with_default_weight(loaded, options.lm))
     for point in settings:
         check_decoding(loaded.config, point)
     heaviest = max(settings, key=lambda point: point.ngram_weight)

@@ -85,6 +85,17 @@ def test_texts_that_ignore_the_audio_are_warned_of(workspace, capsys, monkeypatc
     assert "untrained-28.safetensors does not follow this audio: look at its attention lines" in err
 
 
+def test_long_utterances_are_warned_of(workspace, capsys, monkeypatch):
+    decode(workspace)
+    assert "longer than" not in capsys.readouterr().err
+    monkeypatch.setattr(command, "LONG_SECONDS", 0.1)
+    decode(workspace)
+    expected = (
+        r"warning: 5 of 5 utterances are longer than 0.1 s, the longest is \S+ \(\d+ s\); models invent text in long"
+    )
+    assert re.search(expected, err := capsys.readouterr().err), err
+
+
 def test_the_edition_and_a_table_are_printed(workspace, capsys):
     decode(workspace)
     lines = capsys.readouterr().out.splitlines()

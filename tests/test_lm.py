@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from tiny_corpora import EDITIONS, make_archive, make_librispeech, make_manifest
 from toy_model import ToyModel, config, memory
 
 from las_fast import __version__, checkpoint, decode, lm, transcribe, tune
+from las_fast.checkpoint import find_checkpoint
 from las_fast.cli import run
-from las_fast.config import DataConfig, DecodingConfig
+from las_fast.config import Config, DataConfig, DecodingConfig
 from las_fast.data.batch import make_loader
 from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.dataset import load_dataset
@@ -322,11 +324,26 @@ def test_a_safetensors_file_without_metadata_is_refused_as_language_model(tmp_pa
         load_lm(tmp_path / "m.safetensors")
 
 
+def weight_of(lm, weight, checkpoint="none.safetensors"):
+    loaded = SimpleNamespace(path=Path(checkpoint), config=Config(decoding=DecodingConfig(ngram_weight=weight)))
+    return ngram.with_default_weight(loaded, lm).ngram_weight
+
+
 def test_a_named_language_model_gets_the_default_weight_unless_one_is_set():
-    plain, set_ = DecodingConfig(), DecodingConfig(ngram_weight=0.3)
-    assert ngram.DEFAULT_WEIGHT > 0
-    assert ngram.with_default_weight(plain, "x") == replace(plain, ngram_weight=ngram.DEFAULT_WEIGHT)
-    assert ngram.with_default_weight(set_, "x") == set_ and ngram.with_default_weight(plain, None) == plain
+    assert ngram.DEFAULT_WEIGHT == weight_of("x", 0.0) > 0
+    assert weight_of("x", 0.3) == weight_of(None, 0.3) == 0.3 and weight_of(None, 0.0) == 0
+
+
+def test_the_weight_of_a_difference_of_two_models_is_not_used_for_a_plain_one(tmp_path):
+    plain = train(TEXT, order=2, characters=AB)
+    for name, subtracted in (("own.lm", 0.5), ("other", 0.3), ("plain", 0.0)):
+        save_lm(tmp_path / f"{name}.safetensors", replace(plain, subtracted=subtracted))
+    expected = {None: 0.5, "own.lm": 0.5, "other": 0.5, "plain": ngram.DEFAULT_WEIGHT, "gone": 0.5}
+    for name, weight in expected.items():
+        lm = None if name is None else tmp_path / f"{name}.safetensors"
+        assert weight_of(lm, 0.5, tmp_path / "own.safetensors") == weight
+        assert weight_of(lm, 0.5, tmp_path / "without.safetensors") == 0.5
+    assert weight_of("english", 0.5, find_checkpoint("english")) == 0.5
 
 
 COUNTS_DAMAGE = [

@@ -548,7 +548,8 @@ def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(worksp
     assert model.settings() == settings and model.decoder(settings)[:2] == (settings, None)
     path, table, calls = tmp_path / "text.arpa", torch.zeros(1, len(model.loaded.vocabulary)), []
     path.touch()
-    monkeypatch.setattr(recogniser, "with_default_weight", lambda decoding, path: replace(decoding, ngram_weight=0.7))
+    weighted = replace(settings, ngram_weight=0.7)
+    monkeypatch.setattr(recogniser, "with_default_weight", lambda loaded, path: weighted)
     monkeypatch.setattr(recogniser, "load_ngram_model", lambda *args: calls.append(args) or table)
     expected = replace(settings, beam=1, beam_threshold=0.0, ngram_weight=0.7)
     assert model.settings(beam=1, beam_threshold=0, lm=str(path)) == expected

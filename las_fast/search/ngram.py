@@ -16,6 +16,7 @@ are estimated when they are loaded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ import numpy as np
 
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
-from las_fast.files import safetensors_format, utf8_path
+from las_fast.files import safetensors_format, safetensors_metadata, utf8_path
 from las_fast.search.automaton import build_automaton
 from las_fast.search.kneser_ney import (
     FORBIDDEN_LOG_PROB,
@@ -253,9 +254,25 @@ def _ngrams_of_nodes(nodes: np.ndarray, contexts: np.ndarray, V: int, *, first: 
 READERS = {COUNTS_FORMAT: _read_counts, FORMAT: _read_trie}
 
 
-def with_default_weight(decoding: DecodingConfig, lm: str | os.PathLike[str] | None) -> DecodingConfig:
-    """Return the settings; if --lm names a model and ngram_weight is 0, ngram_weight is set to DEFAULT_WEIGHT."""
-    return replace(decoding, ngram_weight=DEFAULT_WEIGHT) if lm and not decoding.ngram_weight else decoding
+def with_default_weight(loaded: Loaded, lm: str | os.PathLike[str] | None) -> DecodingConfig:
+    """Return a checkpoint's settings of the search, with ngram_weight for the language model of --lm.
+
+    It is DEFAULT_WEIGHT if the checkpoint has no weight, or one for a difference of two models (--subtract), which is
+    much too high for another kind of model.
+    """
+    decoding = loaded.config.decoding
+    if not lm or (decoding.ngram_weight and not _differ_in_kind(loaded.path, os.fspath(lm))):
+        return decoding
+    return replace(decoding, ngram_weight=DEFAULT_WEIGHT)
+
+
+def _differ_in_kind(checkpoint: Path, lm: str) -> bool:
+    """Return whether the language model of a checkpoint is a difference of two models, and `lm` is not."""
+    with contextlib.suppress(InputError):  # load_ngram_model reports a missing file
+        paths = find_lm(None, checkpoint), find_lm(lm, checkpoint)
+        own, given = (float(safetensors_metadata(path).get("subtracted", 0)) if path else 0.0 for path in paths)
+        return own > 0 and given == 0
+    return False
 
 
 def load_ngram_model(
