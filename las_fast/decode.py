@@ -218,8 +218,8 @@ def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool
     characters = sorted({character for i in affected for character in unknown[i]})
     more = f" and {len(characters) - MAX_LISTED} more" if len(characters) > MAX_LISTED else ""
     raise InputError(
-        f"{len(affected)} of {len(dataset)} transcripts, first {dataset.ids[affected[0]]}, have characters outside the "
-        f"checkpoint's vocabulary: {' '.join(map(repr, characters[:MAX_LISTED]))}{more}; "
+        f"{len(affected)} of {len(dataset)} transcripts, first that of {dataset.ids[affected[0]]}, have characters "
+        f"outside the checkpoint's vocabulary: {' '.join(map(repr, characters[:MAX_LISTED]))}{more}; "
         + ("write digits as words in the transcripts" if normalised else remedy(characters, "--normalise-text"))
     )
 

@@ -277,7 +277,7 @@ def references(path):
 def test_transcripts_outside_the_vocabulary_are_refused_or_mapped(tmp_path, capsys):
     options = write_manifest(tmp_path, "HELLO", "well, yes", "A-B")
     message = fails(tmp_path, capsys, **options)
-    assert "2 of 3 transcripts, first u1, have characters outside" in message
+    assert "2 of 3 transcripts, first that of u1, have characters outside" in message
     assert "'s' 'w' 'y'; map them with --normalise-text" in message and "',' '-' 'e'" in message
     decode(tmp_path, "--normalise-text", "--jsonl", str(tmp_path / "rows.jsonl"), **options)
     assert references(tmp_path / "rows.jsonl") == ["HELLO", "WELL YES", "A B"]

@@ -129,7 +129,7 @@ def decode_words(model: Recogniser, options: argparse.Namespace, beam: int | Non
 
 
 class Collector:
-    """Replaces Weights: collects the features of all words, and returns their indices instead of confidences."""
+    """Replaces Regression: collects the features of all words, and returns their indices instead of confidences."""
 
     def __init__(self) -> None:
         self.parts: list[dict[str, np.ndarray]] = []

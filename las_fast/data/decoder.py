@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 
-from las_fast.data.containers import Source, Stream, View
+from las_fast.data.containers import FileView, Source, Stream
 
 if TYPE_CHECKING:
     from las_fast.data.media import MediaStream
@@ -32,7 +32,7 @@ class SoundStream(soundfile.SoundFile):
             super().__init__(os.dup(source.descriptor))
             return
         with self._callbacks():
-            super().__init__(View(source, spans))
+            super().__init__(FileView(source, spans))
 
     def seekable(self) -> bool:
         return False
@@ -50,7 +50,7 @@ class SoundStream(soundfile.SoundFile):
             if self.raised is not None:
                 raise self.raised
 
-    def _init_virtual_io(self, file: View):
+    def _init_virtual_io(self, file: FileView):
         """Make soundfile's callbacks, and keep their exceptions, which cffi would print and drop."""
         ffi = soundfile._ffi
 

@@ -24,7 +24,7 @@ from las_fast.ops import NgramModel, Steps, beam_backtrack, speller_pack, table_
 from las_fast.output.transcripts import Word
 from las_fast.search.cuda_graph import can_capture, search_by_graph
 from las_fast.search.native import is_native, native_precision, search_natively
-from las_fast.search.steps import Limits, Search, search_by_steps
+from las_fast.search.steps import Search, TokenLimits, search_by_steps
 from las_fast.text import EOS, PAD, SOS
 
 
@@ -132,10 +132,10 @@ def fold_length_reward(
     return ngram, dataclasses.replace(config, length_reward=0.0)
 
 
-def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
+def length_limits(lengths: Tensor, config: DecodingConfig) -> TokenLimits:
     """Return the limits for utterances of (B,) int64 feature frames; maximum >= 1 and maximum >= minimum."""
     maximum = (lengths * config.maximum_share).long().add(config.maximum_extra).clamp(min=1)
-    return Limits(torch.minimum((lengths * config.minimum_share).long(), maximum), maximum)
+    return TokenLimits(torch.minimum((lengths * config.minimum_share).long(), maximum), maximum)
 
 
 def _device_context(device: torch.device) -> contextlib.AbstractContextManager:
@@ -143,7 +143,9 @@ def _device_context(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def choose_search(search: Search, memory, *, capture: bool | None = None) -> Callable[[Search, Any, Limits], Steps]:
+def choose_search(
+    search: Search, memory, *, capture: bool | None = None
+) -> Callable[[Search, Any, TokenLimits], Steps]:
     """Return the function that runs the search: search_natively, search_by_graph or search_by_steps.
 
     memory and capture are as in beam_search. Raises InputError for a precision that the search does not support.
@@ -160,7 +162,7 @@ def choose_search(search: Search, memory, *, capture: bool | None = None) -> Cal
 
 
 def backtrack(
-    steps: Steps, limits: Limits, config: DecodingConfig, nbest: int, backend: str
+    steps: Steps, limits: TokenLimits, config: DecodingConfig, nbest: int, backend: str
 ) -> list[list[TokenHypothesis]]:
     """Follow the back-pointers, copy the nbest hypotheses of each utterance to the host, and return them."""
     tokens, lengths, token_scores, attended = beam_backtrack(*steps, eos=EOS, backend=backend)

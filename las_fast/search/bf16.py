@@ -20,8 +20,11 @@ from las_fast.model.speller import fused_gates
 from las_fast.ops import SpellerWeights, beam_gather, masked_attention
 
 
-class Weights(NamedTuple):
-    """The weights of a speller with n cells of sizes H_i, bfloat16 unless noted. N = H_1 + ... + H_n + E; see State."""
+class Bf16Weights(NamedTuple):
+    """The weights of a speller with n cells of sizes H_i, bfloat16 unless noted.
+
+    N = H_1 + ... + H_n + E; see Bf16State.
+    """
 
     token_gates: Tensor  # (V, 4 * H_1) float32, contribution of each token to the gates of the first cell
     recurrent: Tensor  # (4 * H_1 + ... + 4 * H_n, N) from the previous joined state to the gates of all cells
@@ -36,17 +39,17 @@ class Weights(NamedTuple):
     bias: Tensor  # (V,) float32
 
 
-class State(NamedTuple):
+class Bf16State(NamedTuple):
     """The recurrent state of K hypotheses of each of B utterances, with the weights that every step reads."""
 
     joined: Tensor  # (B, K, N) bfloat16: the hidden states of all cells, then the context
     cell: tuple[Tensor, ...]  # (B, K, H_i) float32
-    weights: Weights
+    weights: Bf16Weights
 
-    def gather(self, parents: Tensor, *, backend: str = "auto") -> State:
+    def gather(self, parents: Tensor, *, backend: str = "auto") -> Bf16State:
         """Reorder the state so that hypothesis k of utterance b continues parents[b, k]; parents (B, K) int64."""
         joined, *cell = beam_gather((self.joined, *self.cell), parents, backend=backend)
-        return State(joined, tuple(cell), self.weights)
+        return Bf16State(joined, tuple(cell), self.weights)
 
 
 class Bf16Steps:
@@ -55,16 +58,16 @@ class Bf16Steps:
     def __init__(self, model: LAS):
         self.speller = model.speller
 
-    def start(self, memory: Memory, beam: int) -> State:
+    def start(self, memory: Memory, beam: int) -> Bf16State:
         """Return the state before the first token: zeros for `beam` hypotheses per utterance."""
         sizes, rows = [cell.size for cell in self.speller.cells], (memory.keys.shape[0], beam)
         joined = memory.keys.new_zeros(*rows, sum(sizes) + memory.values.shape[2])
         cell = tuple(memory.keys.new_zeros(*rows, size, dtype=torch.float32) for size in sizes)
-        return State(joined, cell, convert(self.speller.weights()))
+        return Bf16State(joined, cell, convert(self.speller.weights()))
 
     def step(
-        self, tokens: Tensor, state: State, memory: Memory, *, weights: bool = False, backend: str = "auto"
-    ) -> tuple[Tensor, AttentionRead, State]:
+        self, tokens: Tensor, state: Bf16State, memory: Memory, *, weights: bool = False, backend: str = "auto"
+    ) -> tuple[Tensor, AttentionRead, Bf16State]:
         """Advance every hypothesis by one token; see LAS.step."""
         w, joined = state.weights, torch.empty_like(state.joined)
         parts = joined.flatten(0, 1).split([*(cell.shape[2] for cell in state.cell), memory.values.shape[2]], 1)
@@ -78,10 +81,10 @@ class Bf16Steps:
         last = joined.flatten(0, 1).narrow(1, joined.shape[2] - size, size)  # hidden state of the last cell, context
         features = F.gelu(torch.addmm(w.project_bias, last, w.project.t()))
         logits = matmul(features, w.embedding, w.bias).view(*tokens.shape, -1)
-        return logits, AttentionRead(*read), State(joined, cells, w)
+        return logits, AttentionRead(*read), Bf16State(joined, cells, w)
 
 
-def _advance_cells(tokens: Tensor, state: State, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _advance_cells(tokens: Tensor, state: Bf16State, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Write the new hidden states (B*K, H_i) into `hidden`; return the new cell states."""
     w, cells = state.weights, []
     recurrent = matmul(state.joined.flatten(0, 1), w.recurrent).split([len(bias) for bias in w.gate_biases], 1)
@@ -93,7 +96,7 @@ def _advance_cells(tokens: Tensor, state: State, hidden: tuple[Tensor, ...]) -> 
     return tuple(cells)
 
 
-def convert(weights: SpellerWeights) -> Weights:
+def convert(weights: SpellerWeights) -> Bf16Weights:
     """Convert the weights of a speller to the form that the steps read."""
     M, biases, bf16 = weights.embedding.shape[1], weights.gate_biases, torch.bfloat16
     sizes = [len(bias) // 4 for bias in biases]
@@ -101,7 +104,7 @@ def convert(weights: SpellerWeights) -> Weights:
     later = [gates.split((gates.shape[1] - H, H), 1) for gates, H in zip(weights.gates[1:], sizes[1:], strict=True)]
     from_hidden = torch.block_diag(hidden, *(recurrent for _, recurrent in later))
     from_context = F.pad(context, (0, 0, 0, len(from_hidden) - len(context)))  # only the first cell reads it
-    return Weights(
+    return Bf16Weights(
         F.linear(weights.embedding, token),
         torch.cat((from_hidden, from_context), 1).to(bf16),
         tuple(below.to(bf16) for below, _ in later),

@@ -40,7 +40,7 @@ MIN_SCORE, MIN_CTC = -20.0, -8.0  # smaller scores and CTC log-probabilities are
 
 
 @dataclass(frozen=True)
-class Weights:
+class Regression:
     """A fitted regression. `weights` and `means` have an entry for each feature that it uses."""
 
     bias: float
@@ -61,8 +61,8 @@ class Weights:
 class Calibration:
     """Weights of the confidences, known words, and constants of word times; see las_fast.search.words."""
 
-    beam: Weights  # of beam search
-    greedy: Weights  # of greedy search, which has one hypothesis
+    beam: Regression  # of beam search
+    greedy: Regression  # of greedy search, which has one hypothesis
     known: frozenset[str] = field(default=frozenset())  # words of the feature `known`; empty: the feature is not used
     start: float = -0.02  # seconds from the time of the first character to the start of the word
     start_after_pause: float = 0.015  # the same for the first word, and for a word after a pause
@@ -112,11 +112,11 @@ def read_calibration(path: Path) -> Calibration:
         raise InputError(f"{path} is not a calibration of word confidences; copy it again or delete it") from None
 
 
-def _weights(bias: float, weights: dict, means: dict) -> Weights:
+def _weights(bias: float, weights: dict, means: dict) -> Regression:
     """Check the values of a JSON object; raise ValueError or TypeError if they are not those of a regression."""
     if not weights.keys() <= means.keys():
         raise ValueError
-    return Weights(_finite({"bias": bias})["bias"], _finite(weights), _finite(means))
+    return Regression(_finite({"bias": bias})["bias"], _finite(weights), _finite(means))
 
 
 def _finite(values: dict) -> dict[str, float]:

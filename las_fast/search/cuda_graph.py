@@ -24,7 +24,7 @@ from las_fast.model.attention import Memory
 from las_fast.ops import Steps, backends
 from las_fast.ops.beam_topk import triton_problem as too_many_candidates
 from las_fast.ops.masked_attention import triton_problem as too_wide
-from las_fast.search.steps import Limits, Search, advance, begin, chunks_in_flight, max_chunks, run_chunks
+from las_fast.search.steps import Search, TokenLimits, advance, begin, chunks_in_flight, max_chunks, run_chunks
 from las_fast.system import stream_for
 
 MAX_GRAPHS = 16  # per model, enough for the sizes of a sorted test set; each holds a copy of a batch's keys and values
@@ -49,12 +49,12 @@ def can_capture(search: Search, memory) -> bool:
     )
 
 
-def search_by_graph(search: Search, memory, limits: Limits) -> Steps:
+def search_by_graph(search: Search, memory, limits: TokenLimits) -> Steps:
     """Run the search by replaying CUDA graphs; (L, B, K)."""
     B = memory.lengths.shape[0]
     memory = memory.padded(*bucket(*memory.padding.shape))
     added = memory.lengths.shape[0] - B
-    inputs, beams = begin(search, memory, Limits(*(F.pad(x, (0, added)) for x in limits)))
+    inputs, beams = begin(search, memory, TokenLimits(*(F.pad(x, (0, added)) for x in limits)))
     beams.finished[B:] = True  # utterances added as padding have ended, so their limits have no effect
     # The graph reads the n-gram model in place. The key keeps the model alive as long as the graph.
     settings = (search.config, search.ngram, search.backend, torch.backends.cuda.matmul.fp32_precision)

@@ -7,7 +7,7 @@ import torch
 from las_fast.config import DecodingConfig
 from las_fast.model.las import LAS
 from las_fast.ops import Steps, backends, speller_search
-from las_fast.search.steps import Limits, Search, beam_threshold, ctc_log_probs
+from las_fast.search.steps import Search, TokenLimits, beam_threshold, ctc_log_probs
 from las_fast.text import EOS, SOS
 
 LOW_PRECISIONS = (
@@ -31,7 +31,7 @@ def native_precision(config: DecodingConfig) -> str:
     return config.precision if config.precision in LOW_PRECISIONS else "fp32"
 
 
-def search_natively(search: Search, memory, limits: Limits) -> Steps:
+def search_natively(search: Search, memory, limits: TokenLimits) -> Steps:
     """Run the search as one op; (L, B, K)."""
     config = search.config
     return speller_search(

@@ -56,7 +56,7 @@ class Search:
     packed: Tensor | None = None  # weights packed for the native search, see packed_weights
 
 
-class Limits(NamedTuple):
+class TokenLimits(NamedTuple):
     """Minimum and maximum number of tokens of each utterance, without <eos>; (B,) int64."""
 
     minimum: Tensor
@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
     """Tensors that every step reads and none changes."""
 
     memory: Any  # see beam_search
-    limits: Limits
+    limits: TokenLimits
     ctc_log_probs: Tensor | None  # (B, T', V)
 
 
@@ -84,7 +84,7 @@ class Beams(NamedTuple):
     state: Any  # of the model
 
 
-def search_by_steps(search: Search, memory, limits: Limits) -> Steps:
+def search_by_steps(search: Search, memory, limits: TokenLimits) -> Steps:
     """Run the search op by op, on any device; (L, B, K)."""
 
     def chunks() -> Iterator[tuple[Steps, Tensor]]:
@@ -101,7 +101,7 @@ def stepping_model(search: Search) -> Any:
     return Bf16Steps(search.model) if search.config.precision == "bf16" else search.model
 
 
-def begin(search: Search, memory, limits: Limits) -> tuple[Inputs, Beams]:
+def begin(search: Search, memory, limits: TokenLimits) -> tuple[Inputs, Beams]:
     """Make the inputs of all steps, and the beams before the first step."""
     if search.config.precision == "bf16":
         memory = memory._replace(keys=memory.keys.bfloat16(), values=memory.values.bfloat16())

@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclass
-class Statistics:
+class Totals:
     """Totals since the batcher was started."""
 
     rounds: int = 0  # batches decoded
@@ -166,7 +166,7 @@ class Batcher:
         **options: Unpack[SearchOptions],
     ) -> None:
         self.model, self.max_seconds, self.round_seconds = model, max_seconds, round_seconds
-        self.statistics = Statistics()
+        self.totals = Totals()
         self._shared = model.transcription(**options, warn=lambda message: None)
         self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._active: deque[Job] = deque()  # recordings with segments left to read; the first is next
@@ -244,10 +244,10 @@ class Batcher:
                     job.on_event(job.state.error or job.state.transcript())
 
     def _count(self, pool: list[tuple[Job, Speech]], seconds: float) -> None:
-        self.statistics.rounds += 1
-        self.statistics.segments += len(pool)
-        self.statistics.speech_seconds += sum(speech.end - speech.start for _, speech in pool)
-        self.statistics.busy_seconds += seconds
+        self.totals.rounds += 1
+        self.totals.segments += len(pool)
+        self.totals.speech_seconds += sum(speech.end - speech.start for _, speech in pool)
+        self.totals.busy_seconds += seconds
 
     def _admit(self) -> bool:
         """Start the recordings that have arrived. Wait for one if none is active; return False at the end."""
@@ -268,7 +268,7 @@ class Batcher:
         def on_block(block: float) -> None:
             nonlocal seconds
             seconds += block
-            self.statistics.audio_seconds += block
+            self.totals.audio_seconds += block
             if job.is_cancelled:
                 raise Cancelled("the client has gone")
             if seconds > self.max_seconds:

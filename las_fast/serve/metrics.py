@@ -42,13 +42,13 @@ class Metrics:
 
 
 class _BatcherCollector(Collector):
-    """Reads the batcher's statistics whenever the metrics are asked for."""
+    """Reads the batcher's totals whenever the metrics are asked for."""
 
     def __init__(self, batcher: Batcher):
         self.batcher = batcher
 
     def collect(self) -> Iterator[Metric]:
-        totals = self.batcher.statistics
+        totals = self.batcher.totals
         for name, text, value in (
             ("rounds", "Batches of segments decoded.", totals.rounds),
             ("segments", "Segments of speech decoded.", totals.segments),

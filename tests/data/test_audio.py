@@ -33,7 +33,7 @@ from tiny_corpora import write_audio
 
 from las_fast.data import audio, opening
 from las_fast.data.audio import load_audio, open_recording
-from las_fast.data.containers import View
+from las_fast.data.containers import FileView
 from las_fast.data.decoder import SoundStream
 from las_fast.errors import InputError, show
 
@@ -711,7 +711,7 @@ def test_a_pipe_is_read_where_temporary_files_cannot_be_made(tmp_path, monkeypat
 @pytest.mark.parametrize("calls", [0, 3, 9])
 def test_ctrl_c_during_libsndfile_is_not_lost(tmp_path, monkeypatch, calls, capfd):
     path = put(tmp_path, b"".join(encoded(waveform(4.0, k), **VORBIS) for k in range(2)))
-    done, readinto = [], View.readinto
+    done, readinto = [], FileView.readinto
 
     def interrupted(self, buffer):
         done.append(1)
@@ -719,7 +719,7 @@ def test_ctrl_c_during_libsndfile_is_not_lost(tmp_path, monkeypatch, calls, capf
             raise KeyboardInterrupt
         return readinto(self, buffer)
 
-    monkeypatch.setattr(View, "readinto", interrupted)
+    monkeypatch.setattr(FileView, "readinto", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_audio(path, RATE)
     assert capfd.readouterr().err == ""

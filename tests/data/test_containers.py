@@ -11,7 +11,7 @@ import soundfile
 from layouts import Bytes, chunk, layout_of, riff_file, streams_of
 
 from las_fast.data import containers
-from las_fast.data.containers import FileLayout, Source, Stream, View, find_streams, flac, streams
+from las_fast.data.containers import FileLayout, FileView, Source, Stream, find_streams, flac, streams
 from las_fast.data.containers.magic import RARE, container_at, foreign_format
 from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
@@ -102,7 +102,7 @@ def test_a_source_records_a_read_error(tmp_path):
     assert source.read(0, 2) == b"" and isinstance(source.error, OSError)
 
 
-def taken(view: View, count: int) -> bytes:
+def taken(view: FileView, count: int) -> bytes:
     buffer = memoryview(bytearray(count))
     return bytes(buffer[: view.readinto(buffer)])
 
@@ -110,7 +110,7 @@ def taken(view: View, count: int) -> bytes:
 def test_a_view_presents_its_spans_as_one_file(tmp_path):
     (tmp_path / "x").write_bytes(bytes(range(100)))
     with (tmp_path / "x").open("rb") as file:
-        view = View(Source(file.fileno()), (b"head", (10, 20), b"", (50, 53)))
+        view = FileView(Source(file.fileno()), (b"head", (10, 20), b"", (50, 53)))
         whole = b"head" + bytes(range(10, 20)) + bytes(range(50, 53))
         assert view.starts == [0, 4, 14, 14, 17] and view.tell() == 0
         assert taken(view, 17) == whole and taken(view, 5) == b"" and view.tell() == 17
@@ -121,7 +121,7 @@ def test_a_view_presents_its_spans_as_one_file(tmp_path):
                 assert view.tell() == min(17, start + count)
         assert view.seek(-3, os.SEEK_END) == 14 and view.seek(2, os.SEEK_CUR) == 16
         assert view.seek(-99, os.SEEK_CUR) == 0 and view.seek(99) == 99 and taken(view, 1) == b""
-        short = View(Source(file.fileno()), ((90, 120),))  # the file is shorter than its header says
+        short = FileView(Source(file.fileno()), ((90, 120),))  # the file is shorter than its header says
         assert taken(short, 30) == bytes(range(90, 100))
 
 

@@ -640,7 +640,7 @@ def random_steps(L=9, B=4, K=6) -> steps.Steps:
 
 
 def test_a_device_sends_the_host_only_the_best_hypotheses(monkeypatch):
-    searched, limits = random_steps(), steps.Limits(torch.zeros(4, dtype=torch.int64), torch.full((4,), 5))
+    searched, limits = random_steps(), steps.TokenLimits(torch.zeros(4, dtype=torch.int64), torch.full((4,), 5))
     every = beam.backtrack(searched, limits, config(), 6, "auto")
     assert len({len(hypotheses) for hypotheses in every}) > 1
     sent, in_one_copy = [], beam.in_one_copy

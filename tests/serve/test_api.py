@@ -343,13 +343,13 @@ def count_disconnected(service, path="/v1/audio/transcriptions"):
 
 
 def test_a_client_that_disconnects_frees_its_place_and_the_model(small, wav):
-    before, disconnected_before = small.batcher.statistics.segments, count_disconnected(small)
+    before, disconnected_before = small.batcher.totals.segments, count_disconnected(small)
     with small.blocked():
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{small.url}/v1/audio/transcriptions", files={"file": wav()}, timeout=0.2)
         wait_until(lambda: small.service.in_progress == 0)
     assert small.post(file=wav()).status_code == 200
-    assert small.batcher.statistics.segments == before + 1  # that of the second request
+    assert small.batcher.totals.segments == before + 1  # that of the second request
     assert count_disconnected(small) == disconnected_before + 1
 
 

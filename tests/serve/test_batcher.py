@@ -81,8 +81,8 @@ def test_waiting_recordings_are_decoded_in_one_batch_with_the_texts_of_each_alon
     files = [wav(seconds, seed) for seed, seconds in enumerate((0.6, 1.5, 1.0, 0.8))]
     clients, batcher = together(*files)
     assert_equal_up_to_rounding([client.wait()[1] for client in clients], [alone(model, file) for file in files])
-    assert (batcher.statistics.rounds, batcher.statistics.segments) == (1, 4)
-    assert batcher.statistics.audio_seconds == pytest.approx(3.9)
+    assert (batcher.totals.rounds, batcher.totals.segments) == (1, 4)
+    assert batcher.totals.audio_seconds == pytest.approx(3.9)
 
 
 def test_a_recording_that_cannot_be_read_fails_alone(together, model, wav):
@@ -90,7 +90,7 @@ def test_a_recording_that_cannot_be_read_fails_alone(together, model, wav):
     results = [client.wait()[1] for client in clients]
     assert [type(result) for result in results] == [Transcript, InputError, Transcript, InputError]
     assert_equal_up_to_rounding(results[2], alone(model, wav(1.0)))
-    assert batcher.statistics.rounds == 1
+    assert batcher.totals.rounds == 1
 
 
 def test_a_recording_that_cannot_be_decoded_fails_alone(together, model, wav):
@@ -150,7 +150,7 @@ def test_a_cancelled_recording_is_dropped(together, wav):
     kept = Client(wav())
     batcher.submit(kept.job)
     assert isinstance(kept.wait()[1], Transcript)
-    assert cancelled.events.empty() and batcher.statistics.segments == 1
+    assert cancelled.events.empty() and batcher.totals.segments == 1
 
 
 def test_closing_finishes_the_waiting_recordings(together, wav):

@@ -21,10 +21,10 @@ from las_fast.data.containers.ogg import OGG_CODECS, walk_ogg
 from las_fast.data.containers.plain import walk_au, walk_caf, walk_w64
 from las_fast.data.containers.rare import HEADER_ENDS, walk_by_header_length, walk_htk
 from las_fast.data.containers.riff import walk_aiff, walk_wav
-from las_fast.data.containers.streams import FileLayout, Source, Stream, View, find_pattern, span_length
+from las_fast.data.containers.streams import FileLayout, FileView, Source, Stream, find_pattern, span_length
 from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
-__all__ = ["OGG_CODECS", "FileLayout", "Source", "Stream", "View", "find_streams", "foreign_format"]
+__all__ = ["OGG_CODECS", "FileLayout", "Source", "Stream", "FileView", "find_streams", "foreign_format"]
 
 MAX_STREAMS = 5000  # per file; opening one takes about a millisecond
 MAX_TRAILING = 1 << 16  # bytes after the audio that are ignored, whatever they are

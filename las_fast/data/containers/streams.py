@@ -44,7 +44,7 @@ def span_length(span: Span) -> int:
     return len(span) if isinstance(span, bytes) else span[1] - span[0]
 
 
-class View:
+class FileView:
     """Spans joined into one virtual file for libsndfile. Its methods, called from C, do not raise."""
 
     def __init__(self, source: Source, spans: tuple[Span, ...]):
