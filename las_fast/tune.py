@@ -79,15 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [name for name in GRID if getattr(options, name)]
     if not names:
         raise InputError("there is nothing to tune; give values, such as --ngram-weight 0 0.1 0.2")
-    if not options.out:
-        require_stdout("--out FILE.csv")
-    else:
-        kind: dict[str, Any] = {
-            "what": "a table of settings in CSV",
-            "suffixes": (".csv", ".txt"),
-            "may_replace": is_table,
-        }
-        prepare_output_file(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
+    prepare_out(options)
     from las_fast.checkpoint import load_model
     from las_fast.files import write_text_atomically
     from las_fast.search.grid import decode_grid
@@ -105,16 +97,31 @@ def main(argv: list[str] | None = None) -> None:
     texts = decode_grid(loaded, dataset, settings, ngram, device)
     order, rows = rank(names, settings, [text or "" for text in dataset.texts], texts)
     print(f"{len(dataset)} utterances of {options.split}\n" + "\n".join("".join(map("{:>16}".format, r)) for r in rows))
-    best = settings[order[0]]
-    exact = {name: repr(getattr(best, name)).removesuffix(".0") for name in names}
-    words = [f"--decoding.{name.replace('_', '-')} {value}" for name, value in exact.items()]
-    if options.lm and best.ngram_weight:
-        words.append(f"--lm {shlex.quote(options.lm)}")
-    print(f"best: {' '.join(words)}")
+    print(f"best: {' '.join(options_of(settings[order[0]], names, options.lm))}")
     if options.out:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         write_text_atomically(options.out, text.getvalue())
+
+
+def prepare_out(options: argparse.Namespace) -> None:
+    """Raise InputError if --out cannot be written, or if there is neither --out nor standard output."""
+    if not options.out:
+        require_stdout("--out FILE.csv")
+        return
+    kind: dict[str, Any] = {
+        "what": "a table of settings in CSV",
+        "suffixes": (".csv", ".txt"),
+        "may_replace": is_table,
+    }
+    prepare_output_file(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
+
+
+def options_of(point: DecodingConfig, names: list[str], lm: str | None) -> list[str]:
+    """Return the options of `decode` for the settings `names` of a point, with all digits, and for its --lm."""
+    exact = {name: repr(getattr(point, name)).removesuffix(".0") for name in names}
+    words = [f"--decoding.{name.replace('_', '-')} {value}" for name, value in exact.items()]
+    return [*words, f"--lm {shlex.quote(lm)}"] if lm and point.ngram_weight else words
 
 
 def is_table(path: Path) -> bool:

@@ -47,7 +47,7 @@ from las_fast.text import CHARACTERS, normalise_text
 VERSION = 2  # of the recipe below; a change that alters the speech of a seed raises it
 SAMPLE_RATE = 16000
 MIN_WORDS, MAX_WORDS = 4, 25
-MAX_LETTERS = 250  # of a sentence
+MAX_CHARACTERS = 250  # of a sentence
 SIGNS = frozenset("&%@#*/\\^_§¶")  # read aloud, unlike other punctuation
 SYMBOLS = ("Sc", "Sm", "So", "Nl")  # read aloud: currencies, mathematics, other symbols, Roman numerals
 SPEEDS = (0.85, 1.2)
@@ -104,7 +104,7 @@ def plan(texts: list[str], excluded: Excluded | None, seed: int) -> Iterator[Pla
 
 def transcript_of(text: str) -> str | None:
     """Return the transcript of a sentence; None if it is not suitable."""
-    if len(text) > MAX_LETTERS or any(map(is_lost, text)):
+    if len(text) > MAX_CHARACTERS or any(map(is_lost, text)):
         return None
     transcript = " ".join((map_text(text, CHARACTERS) or "").split())
     return transcript if MIN_WORDS <= len(transcript.split()) <= MAX_WORDS else None

@@ -31,7 +31,7 @@ from las_fast.search.words import WordFinder
 from las_fast.text import PAD, Vocabulary
 
 MAX_UTTERANCES_PER_BATCH = 128  # however short they are
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 class Utterances:
@@ -139,14 +139,14 @@ def decode_dataset(
 
 
 def decode_batches(
-    decode: Callable[[Batch, View], T],
+    decode: Callable[[Batch, View], Result],
     dataset,
     views: Iterable[View],
     vocabulary: Vocabulary,
     config: DecodingConfig,
     *,
     device: str | torch.device,
-) -> Iterator[tuple[View, Tensor, T]]:
+) -> Iterator[tuple[View, Tensor, Result]]:
     """Decode all utterances of a dataset in each view, in batches, longest first.
 
     A batch that does not fit in memory is halved and tried again, and later batches of that size are halved at once.
@@ -246,7 +246,7 @@ def _decode_batch(
     ]
 
 
-def _try_decode(decode: Callable[[Batch, View], T], batch: Batch, view: View) -> list[T]:
+def _try_decode(decode: Callable[[Batch, View], Result], batch: Batch, view: View) -> list[Result]:
     """Return [decode(batch, view)]; if memory runs out, free caches and return []."""
     try:
         return [decode(batch, view)]

@@ -36,11 +36,11 @@ def decode_grid(
     scores = [[-math.inf] * len(dataset) for _ in settings]
     packed = packed_weights(loaded.model, settings[0], device, backend)
     # Graphs are kept per n-gram model, so each point has one model for all batches, and many points have no graphs.
-    few = len(settings) <= MAX_GRAPHS
-    capture = False if not few and torch.device(device).type == "cuda" else None
+    fit_in_cache = len(settings) <= MAX_GRAPHS
+    capture = False if not fit_in_cache and torch.device(device).type == "cuda" else None
     V = len(loaded.vocabulary)
     plain = [point.one_view() for point in settings]
-    points = _folded(ngram, plain, V, device) if few else [(ngram, point) for point in plain]
+    points = _folded(ngram, plain, V, device) if fit_in_cache else [(ngram, point) for point in plain]
 
     def decode(batch: Batch, view: View, bar: Progress) -> None:
         memory = listen(loaded.model, batch.to(device), settings[0])

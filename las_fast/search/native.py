@@ -10,10 +10,8 @@ from las_fast.ops import Steps, backends, speller_search
 from las_fast.search.steps import Search, TokenLimits, beam_threshold, ctc_log_probs
 from las_fast.text import EOS, SOS
 
-LOW_PRECISIONS = (
-    "bf16",
-    "int8",
-)  # of decoding, int8 only in the native search; with either, the listener runs in bfloat16
+# Of decoding; int8 only in the native search. With either, the listener runs in bfloat16.
+LOW_PRECISIONS = ("bf16", "int8")
 
 
 def is_native(model, backend: str, device: torch.device) -> bool:

@@ -121,9 +121,9 @@ class Trainer(Learner):
         with contextlib.closing(self._timed_batches()) as batches:
             for batch in batches:
                 self.batch_size = (batch.features.shape[0], batch.features.shape[1])
-                parts = self.train_step(batch.to(self.device))
+                losses = self.train_step(batch.to(self.device))
                 self.pace.add_step(seconds_of(float(batch.feature_lengths.sum()), self.config.features))
-                self._log_step(bar, parts)
+                self._log_step(bar, losses)
                 self._announce_duration(bar)
                 self.stop.check()
                 if self.validation_due:
@@ -315,11 +315,11 @@ class Trainer(Learner):
     def _progress_bar(self) -> ProgressBar:
         return ProgressBar(self.steps, "training", "steps", done=self.progress.step)
 
-    def _log_step(self, bar: ProgressBar, parts: dict[str, Tensor]) -> None:
+    def _log_step(self, bar: ProgressBar, losses: dict[str, Tensor]) -> None:
         """Advance the bar, which shows the epoch of this step; log the losses of every tenth step and of the last."""
         step = self.progress.step
         if step % 10 == 0 or step == self.steps:
-            values = dict(zip(parts, torch.stack(tuple(parts.values())).tolist(), strict=True))  # waits once
+            values = dict(zip(losses, torch.stack(tuple(losses.values())).tolist(), strict=True))  # waits once
             values |= {"speed": self.pace.speed(), "waiting": self.pace.waiting()}
             if math.isfinite(values["loss"]):  # not that of a step that was skipped
                 self.pace.losses.append(values["loss"])
