@@ -263,7 +263,7 @@ def prepare(options: argparse.Namespace) -> list[Entry]:
     names, entries = options.checkpoint, []
     for name, label, loaded in zip(names, labels(names), load_checkpoints(names), strict=True):
         ways = {}
-        base = with_default_weight(loaded.config.decoding, options.lm)
+        base = with_default_weight(loaded, options.lm)
         for way, decoding in decodings(base).items():
             if way in options.ways:
                 lm = options.lm if decoding.ngram_weight else None

@@ -90,7 +90,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Entry], list[str]]:
     """
     checkpoints = load_checkpoints(options.checkpoint)
     beams = list(dict.fromkeys(options.beam))
-    bases = [with_default_weight(loaded.config.decoding, options.lm) for loaded in checkpoints]
+    bases = [with_default_weight(loaded, options.lm) for loaded in checkpoints]
     available = [decodings(base, beams) for base in bases]
     known = [name for name in decodings(EVERY_WAY, beams) if any(name in settings for settings in available)]
     suffix = "" if options.backend == "auto" else f", {options.backend}"
