@@ -13,10 +13,11 @@ training adds a row to benchmarks/results/recognition.csv when it is complete, i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def command(name: str, options: argparse.Namespace) -> list[str]:
 
 
 class Trainings:
-    """Programs that run at the same time; after `stop`, none is left and none can be started."""
+    """Programs that run at the same time; `stop` ends them, and none can be started after it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -120,7 +121,7 @@ class Trainings:
                 process.terminate()
 
 
-def train_all(options: argparse.Namespace) -> Iterator[str]:
+def train_all(options: argparse.Namespace) -> Generator[str]:
     """Train all variants, --jobs at once; yield the name of each that is complete.
 
     If one fails or the program is stopped, the others are stopped: they can resume.
@@ -128,10 +129,10 @@ def train_all(options: argparse.Namespace) -> Iterator[str]:
     commands = {name: command(name, options) for name in options.variants}  # raises errors before any training starts
     trainings = Trainings()
     with ThreadPoolExecutor(options.jobs) as pool:
-        futures = {
-            pool.submit(trainings.run, words, options.out / f"{name}.log"): name for name, words in commands.items()
-        }
         try:
+            futures = {
+                pool.submit(trainings.run, words, options.out / f"{name}.log"): name for name, words in commands.items()
+            }
             for done in as_completed(futures):
                 done.result()
                 yield futures[done]
@@ -169,12 +170,13 @@ def main(argv: list[str] | None = None) -> None:
     if SYNTHETIC in options.variants and not options.extra_data:
         raise InputError(f"the variant {SYNTHETIC} needs --extra-data, such as the output of las_fast.data.kokoro")
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in train_all(options):
-        what = f"preset {CONFIG} for {options.epochs} epochs: {VARIANTS[name].what}"
-        row = recognition.summary_row(options.out / name, what=what, data="speech, ablation")
-        print(f"{name}: CER {row[recognition.COLUMNS.index('cer_last')]}%, {VARIANTS[name].what}")
-        if options.record:
-            recognition.record(row)
+    with contextlib.closing(train_all(options)) as names:
+        for name in names:
+            what = f"preset {CONFIG} for {options.epochs} epochs: {VARIANTS[name].what}"
+            row = recognition.summary_row(options.out / name, what=what, data="speech, ablation")
+            print(f"{name}: CER {row[recognition.COLUMNS.index('cer_last')]}%, {VARIANTS[name].what}")
+            if options.record:
+                recognition.record(row)
 
 
 if __name__ == "__main__":

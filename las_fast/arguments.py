@@ -23,8 +23,9 @@ def add_lm_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm",
         metavar="FILE|NAME",
-        help="language model: a file of las_fast.lm, or that of a released model; its weight is the checkpoint's, or "
-        "0.1 if that has none or is for a model made with --subtract (default: the checkpoint's)",
+        help="language model: a file of las_fast.lm, or that of a released model; its weight is the checkpoint's; "
+        "0.1 if that has none, or if that is for a model made with --subtract and FILE was not (default: the "
+        "checkpoint's)",
     )
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 
 from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.normalisation import Statistics
-from las_fast.errors import FormerNameWarning, HiddenModelWarning, InputError, is_out_of_memory
+from las_fast.errors import FormerNameWarning, HiddenModelWarning, InputError, is_out_of_memory, show
 from las_fast.files import (
     AVERAGED,
     BEST,
@@ -132,7 +132,10 @@ def find_checkpoint(name: str | Path) -> Path:
     released = released_models()
     if found := checkpoint_at(path):
         if str(name) in released:
-            message = f"{name} is {found.absolute()}, not the released model; give ./{name}, or rename it"
+            message = (
+                f"{name} is {show(found.absolute())}, not the released model; give ./{name} to use it without this "
+                "warning, or rename it to use the released model"
+            )
             warnings.warn(message, HiddenModelWarning, stacklevel=4)  # the caller of las_fast.load
         return found
     current = current_name(str(name))

@@ -27,7 +27,7 @@ from las_fast.arguments import (
 )
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, DecodingSettings, check_decoding
-from las_fast.errors import InputError
+from las_fast.errors import InputError, show
 from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, parse_settings
 from las_fast.search.ngram import with_default_weight
@@ -182,8 +182,8 @@ def warn_of_long_utterances(dataset: SpeechDataset) -> None:
         i = int(dataset.seconds.argmax())
         print(
             f"warning: {int(long.sum())} of {len(dataset)} utterances are longer than {LONG_SECONDS} s, the longest is "
-            f"{dataset.ids[i]} ({dataset.seconds[i]:.0f} s); models invent text in long utterances: give parts by the "
-            "manifest's columns start and end, or use transcribe, which cuts recordings at pauses",
+            f"{show(dataset.ids[i])} ({dataset.seconds[i]:.0f} s); models invent text in long utterances: give parts "
+            "by the manifest's columns start and end, or use transcribe, which cuts recordings at pauses",
             file=sys.stderr,
         )
 

@@ -149,9 +149,9 @@ class Recogniser:
                               these factors on its frequencies (0.5 to 1.5), and the text with the highest score is
                               kept; by default those of the checkpoint's settings. (1,) and (1,) decode it once, as it
                               is.
-            lm:               file of a language model, or name of a released one; its weight is that of the settings,
-                              or 0.1 if they have none or one for a model made with --subtract. None: the checkpoint's
-                              language model, if its settings have a weight; False: none.
+            lm:               file of a language model, or name of a released one; its weight is that of the settings;
+                              0.1 if they have none, or one for a model made with --subtract and this one was not.
+                              None: the checkpoint's language model, if its settings have a weight; False: none.
             nbest:            maximum hypotheses returned per segment, at most the beam; fewer if the search has dropped
                               the others.
             min_speech_score: segments with a lower speech score are left out as noise; -inf keeps all. Without a CTC

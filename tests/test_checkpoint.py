@@ -128,7 +128,7 @@ def test_a_folder_without_a_checkpoint_does_not_hide_a_released_model(tmp_path, 
     for name in ("an4", "speech13h"):
         Path(name, "best.safetensors").touch()  # a run folder of that name comes first
     assert find_checkpoint("speech13h") == Path("speech13h", "best.safetensors")
-    hidden = re.escape(f"an4 is {tmp_path}/an4/best.safetensors, not the released model; give ./an4, or rename it")
+    hidden = re.escape(f"an4 is {tmp_path}/an4/best.safetensors, not the released model; give ./an4 to use it without")
     with pytest.warns(HiddenModelWarning, match=hidden):
         assert find_checkpoint("an4") == Path("an4", "best.safetensors")
     with warnings.catch_warnings():

@@ -238,13 +238,13 @@ def test_the_example_says_which_wav_it_needs(tmp_path):
         onnx_greedy.read_wav(str(tmp_path / "talk.wav"), 16000)
 
 
-@pytest.mark.parametrize(("cut", "message"), [(44, "has 0 of the 100"), (144, "has 50 of the 100")])
+@pytest.mark.parametrize(("cut", "message"), [(44, "has 0 of"), (144, "has 50 of"), (145, "has 50 of")])
 def test_the_example_refuses_a_wav_without_its_samples(tmp_path, cut, message):
     with wave.open(str(tmp_path / "talk.wav"), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes(bytes(200))
     (tmp_path / "talk.wav").write_bytes((tmp_path / "talk.wav").read_bytes()[:cut])
-    with pytest.raises(SystemExit, match=f"{message} samples it announces; copy it again"):
+    with pytest.raises(SystemExit, match=f"{message} the 100 samples it announces; copy it again"):
         onnx_greedy.read_wav(str(tmp_path / "talk.wav"), 16000)
 
 

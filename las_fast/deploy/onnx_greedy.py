@@ -96,7 +96,8 @@ def read_wav(path, rate):
         with wave.open(path) as file:
             actual = (file.getframerate(), file.getnchannels(), file.getsampwidth() * 8)
             if actual == (rate, 1, 16):
-                samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+                data = file.readframes(file.getnframes())
+                samples = np.frombuffer(data[: len(data) // 2 * 2], "<i2") / 32768
                 if len(samples) and len(samples) == file.getnframes():
                     return samples
                 sys.exit(f"{path} has {len(samples)} of the {file.getnframes()} samples it announces; copy it again")

@@ -128,9 +128,9 @@ def decode_dataset(
     results: list[list[TokenHypothesis]] = [[] for _ in range(len(dataset))]
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
         for view, indices, decoded in decode_batches(decode, dataset, views, vocabulary, config, device=device):
-            view_frames = frame_counts_at_speed(dataset.frame_counts, view.speed)
             for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
-                counts = {"frames": int(dataset.frame_counts[i]), "view_frames": int(view_frames[i])}
+                frames = int(dataset.frame_counts[i])
+                counts = {"frames": frames, "view_frames": int(frame_counts_at_speed(frames, view.speed))}
                 results[i] = keep_better(results[i], hypotheses, **counts, reduction=model.time_reduction)
                 if view == views[-1]:
                     check_finite(results[i][0].score, dataset.ids[i])

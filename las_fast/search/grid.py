@@ -31,6 +31,9 @@ def decode_grid(
 
     Returns:
         A list of texts, one per utterance, for each of the settings.
+
+    Raises:
+        InputError: one utterance alone does not fit in memory, or the model's outputs are not finite.
     """
     texts = [[""] * len(dataset) for _ in settings]
     scores = [[-math.inf] * len(dataset) for _ in settings]
@@ -58,13 +61,13 @@ def decode_grid(
     searches = sum(len(views_of(point)) for point in settings)
     with progress(len(dataset) * searches, "tuning", "utterances") as bar:
         views = dict.fromkeys(view for point in settings for view in views_of(point))
-        for _ in decode_batches(
+        for view, indices, _ in decode_batches(
             partial(decode, bar=bar), dataset, views, loaded.vocabulary, settings[0], device=device
         ):
-            pass
-    for row in scores:
-        for score, name in zip(row, dataset.ids, strict=True):
-            check_finite(score, name)
+            for k, point in enumerate(settings):
+                if view == views_of(point)[-1]:
+                    for i in indices.tolist():
+                        check_finite(scores[k][i], dataset.ids[i])
     return texts
 
 

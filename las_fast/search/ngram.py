@@ -258,7 +258,7 @@ def with_default_weight(loaded: Loaded, lm: str | os.PathLike[str] | None) -> De
     """Return a checkpoint's settings of the search, with ngram_weight for the language model of --lm.
 
     It is DEFAULT_WEIGHT if the checkpoint has no weight, or one for a difference of two models (--subtract), which is
-    much too high for another kind of model.
+    much too high if `lm` is not one.
     """
     decoding = loaded.config.decoding
     if not lm or (decoding.ngram_weight and not _differ_in_kind(loaded.path, os.fspath(lm))):
@@ -268,7 +268,7 @@ def with_default_weight(loaded: Loaded, lm: str | os.PathLike[str] | None) -> De
 
 def _differ_in_kind(checkpoint: Path, lm: str) -> bool:
     """Return whether the language model of a checkpoint is a difference of two models, and `lm` is not."""
-    with contextlib.suppress(InputError):  # load_ngram_model reports a missing file
+    with contextlib.suppress(InputError, ValueError, TypeError):  # load_ngram_model reports missing and damaged files
         paths = find_lm(None, checkpoint), find_lm(lm, checkpoint)
         own, given = (float(safetensors_metadata(path).get("subtracted", 0)) if path else 0.0 for path in paths)
         return own > 0 and given == 0

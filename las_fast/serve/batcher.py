@@ -293,15 +293,16 @@ class Batcher:
 
     def _decode(self, pool: list[tuple[Job, Speech]]) -> None:
         """Decode the segments together. If that fails, decode each recording alone, so that only bad ones fail."""
+        jobs = list(dict.fromkeys(job for job, _ in pool))
         try:
             self._decode_together(pool)
+            return
         except Exception as error:
-            jobs = list(dict.fromkeys(job for job, _ in pool))
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
                 return
-            for job in jobs:
-                self._decode([(one, speech) for one, speech in pool if one is job])
+        for job in jobs:  # outside `except`: a new error must not count as one raised while handling this one
+            self._decode([(one, speech) for one, speech in pool if one is job])
 
     def _decode_together(self, pool: list[tuple[Job, Speech]]) -> None:
         for job, speech in pool:

@@ -349,7 +349,7 @@ def test_reading_a_whole_recording_does_not_cache_its_layout(tmp_path, monkeypat
 
 
 def test_a_file_of_one_stream_is_read_by_libsndfile_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoder, "View", None)
+    monkeypatch.setattr(decoder, "FileView", None)
     assert len(load_audio(put(tmp_path, GOOD), RATE)) == 2 * RATE
 
 

@@ -197,21 +197,20 @@ def round_to_tf32(x):
     return x + (rounded - x).detach()
 
 
-def assert_as_accurate_as_plain(actual, exact, plain, unit, name):
-    """Assert that RMS and largest error are at most four times the plain formula's, plus EXTRA_ROUNDINGS of the largest
+def assert_as_accurate_as_plain(actual, exact, plain, unit, name, factor=2):
+    """Assert that the RMS error is at most `factor` times the plain formula's, plus EXTRA_ROUNDINGS of the largest
     result.
 
-    The plain formula's error depends on the processor: the order in which PyTorch adds is better on a Zen 4 than on an
-    Intel Xeon.
+    The largest error may be four times the plain formula's, because a single element varies more.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
     if not actual.numel():
         return
     errors = [(x.detach().cpu().double() - exact).abs() for x in (actual, plain)]
     rounding = EXTRA_ROUNDINGS * unit * max_abs(exact)
-    for statistic, measure in (("rms", lambda x: x.square().mean().sqrt()), ("largest", torch.max)):
+    for statistic, times, measure in (("rms", factor, lambda x: x.square().mean().sqrt()), ("largest", 4, torch.max)):
         error, plain_error = (float(measure(x)) for x in errors)
-        allowed = PLAIN_ERRORS * 4 * plain_error + rounding
+        allowed = PLAIN_ERRORS * times * plain_error + rounding
         assert error <= allowed, f"{name}: {statistic} error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -798,7 +797,8 @@ def check_unroll(
         if tolerance:
             assert_close(x, y, tolerance * max_abs(y), name)
         else:
-            assert_as_accurate_as_plain(x, y, z, unit, name)
+            # In sums over all tokens much cancels, and the plain error depends on the order of the processor's PyTorch.
+            assert_as_accurate_as_plain(x, y, z, unit, name, factor=4 if "weight" in name else 2)
 
 
 class FakeGraph:

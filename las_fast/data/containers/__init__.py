@@ -24,7 +24,7 @@ from las_fast.data.containers.riff import walk_aiff, walk_wav
 from las_fast.data.containers.streams import FileLayout, FileView, Source, Stream, find_pattern, span_length
 from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
-__all__ = ["OGG_CODECS", "FileLayout", "Source", "Stream", "FileView", "find_streams", "foreign_format"]
+__all__ = ["OGG_CODECS", "FileLayout", "FileView", "Source", "Stream", "find_streams", "foreign_format"]
 
 MAX_STREAMS = 5000  # per file; opening one takes about a millisecond
 MAX_TRAILING = 1 << 16  # bytes after the audio that are ignored, whatever they are

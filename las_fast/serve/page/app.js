@@ -91,8 +91,8 @@ function finish(row, recording) {
   find("downloads").hidden = false;
   find("result").hidden = false;
   const words = recording.segments.flatMap((segment) => segment.shownWords).length;
-  const done = row.text ? `Done: ${plural(words, "word")} in ${clock(row.duration)}.` : "No speech was found.";
-  say([done, ...row.warnings.map((warning) => `Warning: ${warning}.`)].join("\n"));
+  const done = row.text || !row.warnings.length ? [`Done: ${plural(words, "word")} in ${clock(row.duration)}.`] : [];
+  say([...done, ...row.warnings.map((warning) => `Warning: ${warning}.`)].join("\n"));
 }
 
 function say(text) {
