@@ -25,11 +25,20 @@ def context() -> tuple:
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Append rows to a CSV file; a new file starts with the column names."""
+    """Append rows to a CSV file; a new file starts with the column names.
+
+    Absolute paths are shortened to their last two parts: those before say where this machine keeps its files.
+    """
+    rows = [tuple(map(_shortened, row)) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([*([columns] if new else []), *rows])
+
+
+def _shortened(value: object) -> object:
+    is_path = isinstance(value, (str, Path)) and Path(value).is_absolute()
+    return "/".join(Path(str(value)).parts[-2:]) if is_path else value
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

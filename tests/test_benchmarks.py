@@ -568,6 +568,12 @@ def test_language_models_are_compared_by_bits_and_cer(tmp_path, monkeypatch, cap
         language_models.main([*data, "--lm", "gone", "--ngram-weight", "0.1"])
 
 
+def test_rows_do_not_say_where_this_machine_keeps_its_files(tmp_path):
+    append_rows(tmp_path / "x.csv", ("checkpoint", "cer"), [("/home/me/runs/mine", 1.5), ("runs/mine", None)])
+    append_rows(tmp_path / "x.csv", ("checkpoint", "cer"), [("english", "10 dB / 5")])
+    assert (tmp_path / "x.csv").read_text() == "checkpoint,cer\nruns/mine,1.5\nruns/mine,\nenglish,10 dB / 5\n"
+
+
 def test_a_learning_curve_is_fitted_and_its_predictions_have_a_range(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(learning_curve, "FILE", tmp_path / "curve.csv")
     monkeypatch.setattr(learning_curve, "PICTURE", tmp_path / "curve.png")
