@@ -170,7 +170,7 @@ def to_audio(recording: Any, sample_rate: int | None) -> Audio:
     """Return an array as Samples, and other recordings unchanged; see las_fast.data.audio.open_recording.
 
     Raises:
-        InputError: the recording has another type, an array has no valid sample rate, or a file has one.
+        InputError: the recording has another type or an empty path, an array has no valid sample rate, or a file has one.
     """
     if is_array(recording):
         return to_samples(recording, sample_rate)
@@ -178,6 +178,8 @@ def to_audio(recording: Any, sample_rate: int | None) -> Audio:
         return recording
     if not isinstance(recording, (str, os.PathLike)) and not callable(getattr(recording, "read", None)):
         raise InputError(f"a recording is a path, a binary file object or an array; got {type_name(recording)}")
+    if isinstance(recording, (str, os.PathLike)) and not os.fspath(recording):
+        raise InputError("the path of the recording is empty; give one")
     if sample_rate is not None:
         raise InputError(f"sample_rate is for arrays, but {name_of(recording)} states its own rate; omit sample_rate")
     return recording

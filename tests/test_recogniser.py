@@ -269,6 +269,7 @@ INVALID_RECORDINGS = {
     "warp NaN": (SPEECH, RATE, {"warps": (np.nan,)}, "decoding.warps must be a finite number; got nan"),
     "nbest 0": (SPEECH, RATE, {"nbest": 0}, "nbest must be a whole number of at least 1; got 0"),
     "nbest 1001": (SPEECH, RATE, {"nbest": 1001}, "nbest must be at most 1000, the largest beam; got 1001"),
+    "empty path": ("", None, {}, "^the path of the recording is empty; give one$"),
     "nbest 3": (SPEECH, RATE, {"nbest": 3, "beam": 2}, "nbest=3 needs a beam of at least 3; give beam=3"),
     "a missing lm": (SPEECH, RATE, {"lm": "gone"}, "lm=gone is not a file"),
     "lm True": (SPEECH, RATE, {"lm": True}, "lm must be a path, the name of a released model, None or False; got"),

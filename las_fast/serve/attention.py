@@ -25,6 +25,10 @@ def encode_text(text: str, vocabulary: Vocabulary) -> list[int]:
     """Return the tokens of a text and <eos>; raise InputError if it has no, too many or unknown characters."""
     if not 0 < len(text) <= MAX_CHARACTERS:
         raise InputError(f"the text must have 1 to {MAX_CHARACTERS} characters; got {len(text)}")
+    if unknown := vocabulary.unknown(text):
+        raise InputError(
+            f"the text has {', '.join(map(repr, unknown[:10]))}; the model writes {vocabulary.characters!r} only"
+        )
     return [*vocabulary.encode(text), EOS]
 
 

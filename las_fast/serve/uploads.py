@@ -68,7 +68,9 @@ async def receive_form(request: Request, max_bytes: int) -> Form:
         form = await parser.parse()
     except (MultiPartException, UnicodeError) as error:
         reason = getattr(error, "message", None) or str(error)
-        raise ApiError(400, f"the form cannot be read ({reason.rstrip('.')}); send it again as UTF-8") from None
+        raise ApiError(
+            400, f"the form cannot be read ({reason.rstrip('.')}); send one file, and fields in UTF-8"
+        ) from None
     file = form.get("file")
     if not isinstance(file, UploadFile):
         if not parser.is_complete:

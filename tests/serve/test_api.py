@@ -531,7 +531,7 @@ def test_the_attention_starts_at_its_first_frame(service, wav):
 
 
 def test_a_wrong_text_or_recording_for_the_attention_is_refused(service, wav):
-    texts = {"é": "outside the vocabulary", "": "1 to 1000 characters; got 0", "A" * 1001: "got 1001"}
+    texts = {"é": "the text has 'é'; the model writes", "": "1 to 1000 characters; got 0", "A" * 1001: "got 1001"}
     for text, message in texts.items():
         status, error = service.error(path="/attention", file=wav(), text=text)
         assert (status, error["param"]) == (400, "text") and message in error["message"]
