@@ -170,7 +170,8 @@ def to_audio(recording: Any, sample_rate: int | None) -> Audio:
     """Return an array as Samples, and other recordings unchanged; see las_fast.data.audio.open_recording.
 
     Raises:
-        InputError: the recording has another type or an empty path, an array has no valid sample rate, or a file has one.
+        InputError: the recording has another type or an empty path, an array has no valid sample rate, or a file has
+            one.
     """
     if is_array(recording):
         return to_samples(recording, sample_rate)
