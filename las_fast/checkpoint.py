@@ -29,6 +29,7 @@ from las_fast.files import (
     FORMER_NAMES,
     LAST,
     nearest_path_hint,
+    unreadable,
     utf8_path,
     write_atomically,
     write_tensors,
@@ -168,7 +169,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
+            raise unreadable(path, error) from None
         raise InputError(f"{path} is not a readable checkpoint ({error}); train again or copy it again") from None
     if metadata.get("format") != FORMAT or not {"config", "info"} <= metadata.keys():
         raise InputError(f"{path} was not written by las_fast; give a folder or a file that training wrote")
@@ -229,7 +230,7 @@ def load_state(path: str | Path) -> dict:
         if is_out_of_memory(error):
             raise
         if isinstance(error, OSError) and error.errno:
-            raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
+            raise unreadable(path, error) from None
         reason = " ".join(str(error).split())[:80] or "it is cut off"
         if isinstance(error, UnpicklingError):  # torch's message suggests loading it unsafely
             reason = "it is another kind of file, or contains more than numbers and text"

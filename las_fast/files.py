@@ -100,6 +100,11 @@ def may_be_file_name(path: Path) -> bool:
 # ----------------------------------------------------------------------------------------------------------- Reading
 
 
+def unreadable(path: str | Path, error: OSError) -> InputError:
+    """Return the error to raise for a file that the system does not let us read."""
+    return InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk")
+
+
 def first_line(path: Path) -> str:
     """Return the first line of a file, up to FIRST_LINE_BYTES; "" if the file cannot be read."""
     with contextlib.suppress(OSError), path.open("rb") as file:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from las_fast.errors import InputError
+from las_fast.files import unreadable, write_text_atomically
 
 FORMAT = "las_fast words 1"
 DEFAULT = Path(__file__).parents[1] / "checkpoints" / "default.words.json"
@@ -70,8 +71,6 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write the calibration as JSON."""
-        from las_fast.files import write_text_atomically
-
         values = {"format": FORMAT} | asdict(self) | {"known": " ".join(sorted(self.known))}
         write_text_atomically(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
@@ -107,7 +106,7 @@ def read_calibration(path: Path) -> Calibration:
         known = frozenset(values.pop("known").split())
         return Calibration(beam, greedy, known, **_finite(values))
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
+        raise unreadable(path, error) from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"{path} is not a calibration of word confidences; copy it again or delete it") from None
 

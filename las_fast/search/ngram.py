@@ -28,7 +28,7 @@ import numpy as np
 
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
-from las_fast.files import safetensors_format, safetensors_metadata, utf8_path
+from las_fast.files import safetensors_format, safetensors_metadata, unreadable, utf8_path
 from las_fast.search.automaton import build_automaton
 from las_fast.search.kneser_ney import (
     FORBIDDEN_LOG_PROB,
@@ -167,7 +167,7 @@ def load_lm(path: Path) -> LanguageModel:
         raise InputError(f"{path} is damaged: its numbers are inconsistent; make it or copy it again") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
+            raise unreadable(path, error) from None
         if plain_text.is_arpa_or_kenlm(path):
             problem = f"{path} is an n-gram model of another program, which las_fast cannot read"
             raise InputError(f"{problem}; train one on its text with python -m las_fast.lm") from None
