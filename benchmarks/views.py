@@ -28,7 +28,7 @@ from las_fast.data.dataset import SpeechDataset
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.output.metrics import score
-from las_fast.progress import progress
+from las_fast.progress import ProgressBar
 from las_fast.recogniser import Decoder, Recogniser
 from las_fast.search.views import views_of
 
@@ -65,7 +65,7 @@ def measure(
     order = np.argsort(dataset.frame_counts, kind="stable")
     model.decode_dataset(dataset, decoders[0], progress=False)  # reads the features and loads what is loaded once
     passes = sum(len(views_of(decoder.config)) for decoder in decoders)
-    with progress(CHUNKS * passes, "decoding", "parts") as bar:
+    with ProgressBar(CHUNKS * passes, "decoding", "parts") as bar:
         for k, (d, decoder) in itertools.product(range(CHUNKS), enumerate(decoders)):
             indices = order[k::CHUNKS]
             started = time.process_time()

@@ -1,6 +1,6 @@
 """Progress of long loops: a bar if stderr is a terminal, occasional plain lines if it is a file or a pipe.
 
-    with progress(len(files), "reading", "files") as bar:
+    with ProgressBar(len(files), "reading", "files") as bar:
         for file in files:
             ...
             bar.update()
@@ -30,11 +30,19 @@ MAX_SECONDS = 60.0  # between two plain lines, if the count has changed
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
 BAR_WITHOUT_TOTAL = "{desc}: {n:.0f} {unit} [{elapsed}{postfix}]"
 
-_open: list[Progress] = []  # the displays that are not closed yet
+_open: list[ProgressBar] = []  # the displays that are not closed yet
 
 
-class Progress:
-    """A count shown on stderr, made by `progress`. Close it, or use it in a `with` statement."""
+class ProgressBar:
+    """A count towards `total`, shown on stderr until it is closed; usable in a `with` statement.
+
+    Args:
+        total: final count, `done` included; None if unknown.
+        what:  the activity, such as "reading dev".
+        unit:  the items counted, in the plural.
+        done:  count at the start.
+        show:  whether to show anything.
+    """
 
     def __init__(self, total: float | None, what: str, unit: str, *, done: float = 0, show: bool = True):
         self.total, self.what, self.unit = total, what, unit
@@ -77,7 +85,7 @@ class Progress:
         elif self._has_printed and self.n == self.total:
             self._print(f"{self._count()} in {format_duration(time.monotonic() - self._began)}")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,25 +139,12 @@ class Progress:
             self._bar, self._stream = None, None
 
 
-def progress(total: float | None, what: str, unit: str, *, done: float = 0, show: bool = True) -> Progress:
-    """Show a count towards `total` on stderr until it is closed.
-
-    Args:
-        total: final count, `done` included; None if unknown.
-        what:  the activity, such as "reading dev".
-        unit:  the items counted, in the plural.
-        done:  count at the start.
-        show:  whether to show anything.
-    """
-    return Progress(total, what, unit, done=done, show=show)
-
-
 def track(
     items: Iterable[Item], what: str, unit: str, *, total: float | None = None, show: bool = True
 ) -> Iterator[Item]:
     """Yield the items and show how many are done; `total` is their number if len(items) is not available."""
     total = len(items) if total is None and isinstance(items, Sized) else total
-    with progress(total, what, unit, show=show) as bar:
+    with ProgressBar(total, what, unit, show=show) as bar:
         for item in items:
             yield item
             bar.update()

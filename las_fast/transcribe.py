@@ -39,7 +39,7 @@ from las_fast.output.transcripts import (
     noise_warning,
     output_files,
 )
-from las_fast.progress import Progress, write
+from las_fast.progress import ProgressBar, write
 from las_fast.system import choose_device, return_freed_memory
 
 if TYPE_CHECKING:  # importing torch would slow down --help
@@ -213,7 +213,7 @@ def emit(path: Path, transcript: Transcript, options: argparse.Namespace, target
 
 def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace) -> Iterator[tuple[Path, Transcript]]:
     """Yield each recording with its transcript; show progress and print warnings."""
-    with Progress(sum(map(estimated_seconds, paths)) or None, "transcribing", "s of audio") as bar:
+    with ProgressBar(sum(map(estimated_seconds, paths)) or None, "transcribing", "s of audio") as bar:
         transcripts = model.transcribe_all(
             paths,
             **search_options(options),

@@ -15,7 +15,7 @@ import pytest
 import tqdm
 
 from las_fast import progress as module
-from las_fast.progress import close_all, progress, track
+from las_fast.progress import ProgressBar, close_all, track
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def clock(monkeypatch):
 
 
 def test_a_log_gets_a_line_each_tenth_and_a_last_one(clock, capsys):
-    with progress(40, "reading dev", "utterances") as shown:
+    with ProgressBar(40, "reading dev", "utterances") as shown:
         for _ in range(40):
             clock[0] += 1
             shown.update()
@@ -56,7 +56,7 @@ def test_lines_are_two_seconds_apart(clock, capsys):
 
 
 def test_a_line_is_due_at_exactly_two_seconds_and_a_tenth(clock, capsys):
-    with progress(20, "reading", "files") as shown:
+    with ProgressBar(20, "reading", "files") as shown:
         for _ in range(4):
             clock[0] += 1
             shown.update()
@@ -67,7 +67,7 @@ def test_a_line_is_due_at_exactly_two_seconds_and_a_tenth(clock, capsys):
 
 def test_work_of_an_earlier_run_is_neither_shown_nor_timed(clock, capsys):
     clock[0] = 1000.0
-    with progress(40, "training", "steps", done=20) as shown:
+    with ProgressBar(40, "training", "steps", done=20) as shown:
         clock[0] += 10
         shown.update(3)
         assert capsys.readouterr().err == ""
@@ -78,7 +78,7 @@ def test_work_of_an_earlier_run_is_neither_shown_nor_timed(clock, capsys):
 def test_only_a_complete_loop_reports_its_time(clock, capsys):
     clock[0] = 1000.0
     for count, last in ((9, "90% (9 of 10 files), 3 s left"), (10, "100% (10 of 10 files) in 30 s")):
-        with progress(10, "reading", "files") as shown:
+        with ProgressBar(10, "reading", "files") as shown:
             for _ in range(count):
                 clock[0] += 3
                 shown.update()
@@ -95,9 +95,9 @@ def test_durations_are_in_seconds_minutes_or_hours(seconds, text):
 
 
 def test_lines_are_flushed_at_once(clock, tmp_path, monkeypatch):
-    with (tmp_path / "log").open("w") as log, progress(4, "reading", "files", show=False) as hidden:
+    with (tmp_path / "log").open("w") as log, ProgressBar(4, "reading", "files", show=False) as hidden:
         monkeypatch.setattr(sys, "stderr", log)
-        with progress(4, "reading", "files") as shown:
+        with ProgressBar(4, "reading", "files") as shown:
             clock[0] += 4
             shown.update()
             assert (tmp_path / "log").read_text() == "reading: 25% (1 of 4 files), 12 s left\n"
@@ -108,7 +108,7 @@ def test_lines_are_flushed_at_once(clock, tmp_path, monkeypatch):
 def test_lines_go_to_the_stream_that_is_named(capsys):
     module.write("a", end="")
     module.write("b", file=sys.stderr, end="!")
-    progress(4, "reading", "files", show=False).write("c")
+    ProgressBar(4, "reading", "files", show=False).write("c")
     close_all()
     assert capsys.readouterr() == ("ac\n", "b!")
 
@@ -127,7 +127,7 @@ def test_without_a_total_the_interval_between_lines_doubles(clock, capsys):
 
 
 def test_the_remaining_time_is_estimated_from_this_process_only(clock, capsys):
-    with progress(100, "training", "steps", done=50) as shown:
+    with ProgressBar(100, "training", "steps", done=50) as shown:
         clock[0] = 100.0
         shown.note("loss 2.5")
         shown.update(10)
@@ -135,7 +135,7 @@ def test_the_remaining_time_is_estimated_from_this_process_only(clock, capsys):
 
 
 def test_a_sum_of_fractions_does_not_exceed_the_total(clock, capsys):
-    with progress(0.3, "decoding", "s of audio") as shown:
+    with ProgressBar(0.3, "decoding", "s of audio") as shown:
         for _ in range(3):
             clock[0] += 3
             shown.update(0.1)
@@ -144,14 +144,14 @@ def test_a_sum_of_fractions_does_not_exceed_the_total(clock, capsys):
 
 @pytest.mark.parametrize("total", [0, 0.0])
 def test_an_empty_loop_does_not_divide_by_zero(clock, capsys, total):
-    with progress(total, "decoding", "s of audio") as shown:
+    with ProgressBar(total, "decoding", "s of audio") as shown:
         clock[0] = 5.0
         shown.update(0)
     assert capsys.readouterr().err == ""
 
 
 def test_hidden_progress_prints_nothing_and_still_counts(clock, capsys):
-    with progress(4, "reading", "files", show=False) as shown:
+    with ProgressBar(4, "reading", "files", show=False) as shown:
         clock[0] = 9.0
         shown.update(2)
         assert shown.n == 2
@@ -234,7 +234,7 @@ def terminal(monkeypatch):
 @pytest.mark.parametrize(("total", "form"), [(9, module.BAR), (None, module.BAR_WITHOUT_TOTAL)], ids=["bar", "endless"])
 def test_the_bar_is_as_wide_as_the_terminal_or_80_columns(terminal, columns, width, total, form):
     terminal(columns)
-    with progress(total, "reading dev", "utterances", done=3) as shown:
+    with ProgressBar(total, "reading dev", "utterances", done=3) as shown:
         shown.note("loss 2.5")
         shown.update(2)
         assert (shown.n, Bar.made[0].n, Bar.made[0].open) == (5, 5, True)
@@ -248,8 +248,8 @@ def test_the_bar_is_as_wide_as_the_terminal_or_80_columns(terminal, columns, wid
 
 def test_lines_are_written_above_a_visible_bar(terminal, clock, capsys):
     terminal(80)
-    with progress(9, "reading", "files", show=False):
-        with progress(9, "reading", "files") as shown:
+    with ProgressBar(9, "reading", "files", show=False):
+        with ProgressBar(9, "reading", "files") as shown:
             shown.write("a")
             module.write("b", end="!\n")
         module.write("c")
@@ -261,8 +261,8 @@ def test_lines_are_written_above_a_visible_bar(terminal, clock, capsys):
 def test_lines_on_a_terminal_do_not_overwrite_the_bar(columns):
     text = on_a_terminal(
         """
-from las_fast.progress import progress
-with progress(4, "reading dev", "utterances") as shown:
+from las_fast.progress import ProgressBar
+with ProgressBar(4, "reading dev", "utterances") as shown:
     shown.update(2)
     shown.write("a line")
 print("the end")
@@ -293,8 +293,8 @@ run(main)
 def test_close_all_closes_bars_left_open_by_an_exception(clock, monkeypatch):
     first, second = track(range(3), "reading", "files"), track(range(3), "counting", "files")
     assert (next(first), next(second)) == (0, 0)
-    order, close = [], module.Progress.close
-    monkeypatch.setattr(module.Progress, "close", lambda self: order.append(self.what) or close(self))
+    order, close = [], module.ProgressBar.close
+    monkeypatch.setattr(module.ProgressBar, "close", lambda self: order.append(self.what) or close(self))
     close_all()
     assert not module._open and order == ["counting", "reading"], "the lowest bar on the screen first"
 
@@ -316,7 +316,7 @@ def test_a_terminal_that_is_closed_does_not_end_the_loop():
 
         close = set_postfix_str = update
 
-    with progress(4, "reading", "files") as shown:
+    with ProgressBar(4, "reading", "files") as shown:
         shown._bar = Gone()
         for _ in range(4):
             shown.update()
@@ -324,7 +324,7 @@ def test_a_terminal_that_is_closed_does_not_end_the_loop():
 
 
 def test_a_log_gets_a_line_each_minute_if_a_tenth_takes_longer(clock, capsys):
-    with progress(1000, "training", "steps") as shown:
+    with ProgressBar(1000, "training", "steps") as shown:
         for _ in range(21):
             clock[0] += 9
             shown.update()

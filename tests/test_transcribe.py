@@ -359,7 +359,7 @@ class Work:
         monkeypatch.setattr(transcription, "open_recording", self.open)
         monkeypatch.setattr(transcription, "segments", self.segments)
         monkeypatch.setattr(dataset, "decode_dataset", self.decode)
-        monkeypatch.setattr(module, "Progress", self.progress)
+        monkeypatch.setattr(module, "ProgressBar", self.progress)
         monkeypatch.setattr(module, "POOL_SECONDS", 10.0)
         monkeypatch.setattr(self.model, "_word_finder", lambda config: "words")
 

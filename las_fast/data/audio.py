@@ -17,7 +17,7 @@ import soxr
 
 from las_fast.data.channels import Mixer, check_samples, unscaled_integer_bits
 from las_fast.data.containers import FileLayout, Source, Stream, find_streams
-from las_fast.data.decoder import READ_ERRORS, UNKNOWN_COUNT, Decoder, SoundStream
+from las_fast.data.decoder import READ_ERRORS, UNKNOWN_COUNT, AudioDecoder, SoundStream
 from las_fast.data.media import MediaStream, open_sound
 from las_fast.data.opening import Audio, name_of, open_descriptor
 from las_fast.data.quality import SignalQuality
@@ -171,7 +171,7 @@ class Recording:
         begin = self._elapsed
         skip = max(0, round((self._start - begin) * rate))
         stop = None if self._seconds is None else round((self._start + self._seconds - begin) * rate)
-        decoder = Decoder(source, stream, sound, skip, stop)
+        decoder = AudioDecoder(source, stream, sound, skip, stop)
         mixer = Mixer(sound.channels, rate, self._integer_bits(source, sound, number))
         resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1, "float32")
         for block in decoder.blocks():
@@ -222,7 +222,7 @@ class Recording:
             )
         return sound
 
-    def _note_missing(self, decoder: Decoder, stream: Stream, rate: int, number: int, stream_count: int) -> None:
+    def _note_missing(self, decoder: AudioDecoder, stream: Stream, rate: int, number: int, stream_count: int) -> None:
         """Note missing and damaged audio of a stream after it is decoded."""
         decoded = decoder.position / rate  # seconds
         name = f"part {number + 1} of {stream_count} of {self.name}" if stream_count > 1 else self.name

@@ -35,7 +35,7 @@ from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.readers import SKIP_HINT, read_utterance, read_utterances
 from las_fast.errors import InputError
 from las_fast.files import expand, try_lock
-from las_fast.progress import Progress, track
+from las_fast.progress import ProgressBar, track
 from las_fast.system import cores
 
 VERSION = 2  # increment when the meaning of the stored frames or of the index changes
@@ -241,7 +241,7 @@ def _build(target, corpus, split, utterances, features, check, progress, workers
     try:
         with _locked(scratch / "features.f32"):
             items = read_utterances(corpus, utterances, features, scratch, workers or cores())
-            bar = Progress(len(utterances), f"reading {split}", "utterances", show=progress)
+            bar = ProgressBar(len(utterances), f"reading {split}", "utterances", show=progress)
             with closing(items), bar:  # closing items ends the workers
                 index = _write_features(scratch / "features.f32", items, utterances, check, bar)
             size = features.size if corpus.kind == "audio" else corpus.feature_size
@@ -276,7 +276,7 @@ def _is_locked(path: Path) -> bool | None:
     return None if could_lock is None else not could_lock
 
 
-def _write_features(path: Path, items, utterances: Sequence[Utterance], check, bar: Progress) -> dict:
+def _write_features(path: Path, items, utterances: Sequence[Utterance], check, bar: ProgressBar) -> dict:
     index: dict[str, list] = {name: [] for name in ("ids", "texts", "frames", "seconds", "places", "spans", "bad")}
     seconds = 0.0
     started = time.monotonic()

@@ -69,7 +69,7 @@ class SoundStream(soundfile.SoundFile):
         return ffi.new("SF_VIRTUAL_IO*", self._virtual_io)
 
 
-class Decoder:
+class AudioDecoder:
     """The blocks (n, channels) float32 of a stream, from sample `skip` to sample `stop` (None: to the end).
 
     Damage within a FLAC stream of known length is replaced by zeros, up to MAX_DAMAGE. The attributes are

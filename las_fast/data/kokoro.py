@@ -41,7 +41,7 @@ from las_fast.data.texts import map_text, read_excluded, read_texts
 from las_fast.errors import InputError
 from las_fast.files import lock_folder, make_folder, write_atomically, write_text_atomically
 from las_fast.options import Parser
-from las_fast.progress import progress
+from las_fast.progress import ProgressBar
 from las_fast.text import CHARACTERS, normalise_text
 
 VERSION = 2  # of the recipe below; a change that alters the speech of a seed raises it
@@ -200,7 +200,7 @@ def _continue(
     rows = read_rows(out / "manifest.tsv")
     count, seconds = len(rows), sum(duration for _, duration in rows)
     utterances = itertools.islice(planned, rows[-1][0] + 1 if rows else 0, None)
-    with progress(total / 60, "synthesising", "minutes", done=min(seconds, total) / 60, show=show) as bar:
+    with ProgressBar(total / 60, "synthesising", "minutes", done=min(seconds, total) / 60, show=show) as bar:
         began, before = time.monotonic(), seconds
         recordings = _record_into(out, utterances if seconds < total else iter(()), studio, jobs)
         with contextlib.closing(recordings):

@@ -49,7 +49,7 @@ def open_sound(source: Source, stream: Stream) -> SoundStream | MediaStream:
 
 
 class MediaStream:
-    """The first audio track of a file with a known codec; it has the methods of SoundFile that Decoder needs.
+    """The first audio track of a file with a known codec; it has the methods of SoundFile that AudioDecoder needs.
 
     Attributes:
         samplerate: in Hz.

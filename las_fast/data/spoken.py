@@ -37,7 +37,7 @@ from las_fast.data.features import compute_features
 from las_fast.data.sentences import random_sentence
 from las_fast.errors import InputError, show
 from las_fast.options import Parser
-from las_fast.progress import Progress
+from las_fast.progress import ProgressBar
 from las_fast.system import cores
 
 ARCHIVE = "11-785-f23-hw4p2"
@@ -252,7 +252,7 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
     tasks = [(utterances[i : i + BLOCK_SIZE], seed, str(archive)) for i in range(0, len(utterances), BLOCK_SIZE)]
     seconds: dict[str, float] = {}
     blocks = _map_in_processes(_speak_block, tasks, workers or cores())
-    with Progress(len(utterances), "synthesising", "utterances", show=progress) as bar, contextlib.closing(blocks):
+    with ProgressBar(len(utterances), "synthesising", "utterances", show=progress) as bar, contextlib.closing(blocks):
         for rows in blocks:
             seconds.update(rows)
             bar.update(len(rows))

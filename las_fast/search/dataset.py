@@ -22,7 +22,7 @@ from las_fast.errors import DoesNotFit, NotFinite, is_out_of_memory
 from las_fast.model.attention import Memory
 from las_fast.ops import NgramModel, ctc_loss
 from las_fast.ops.ctc_loss import min_frames
-from las_fast.progress import Progress
+from las_fast.progress import ProgressBar
 from las_fast.search.beam import TokenHypothesis, beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import clear_graphs
 from las_fast.search.native import LOW_PRECISIONS
@@ -126,7 +126,7 @@ def decode_dataset(
         **options,
     )
     results: list[list[TokenHypothesis]] = [[] for _ in range(len(dataset))]
-    with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
+    with ProgressBar(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
         for view, indices, decoded in decode_batches(decode, dataset, views, vocabulary, config, device=device):
             for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
                 frames = int(dataset.frame_counts[i])

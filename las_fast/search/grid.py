@@ -11,7 +11,7 @@ import torch
 
 from las_fast.config import DecodingConfig
 from las_fast.data.batch import Batch
-from las_fast.progress import Progress, progress
+from las_fast.progress import ProgressBar
 from las_fast.search.beam import beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import MAX_GRAPHS
 from las_fast.search.dataset import check_finite, decode_batches, listen
@@ -45,7 +45,7 @@ def decode_grid(
     plain = [point.one_view() for point in settings]
     points = _folded(ngram, plain, V, device) if fit_in_cache else [(ngram, point) for point in plain]
 
-    def decode(batch: Batch, view: View, bar: Progress) -> None:
+    def decode(batch: Batch, view: View, bar: ProgressBar) -> None:
         memory = listen(loaded.model, batch.to(device), settings[0])
         for k, (model, point) in enumerate(points):
             if view not in views_of(settings[k]):
@@ -59,7 +59,7 @@ def decode_grid(
             bar.update(len(batch.indices))  # those of a batch that is halved count twice
 
     searches = sum(len(views_of(point)) for point in settings)
-    with progress(len(dataset) * searches, "tuning", "utterances") as bar:
+    with ProgressBar(len(dataset) * searches, "tuning", "utterances") as bar:
         views = dict.fromkeys(view for point in settings for view in views_of(point))
         for view, indices, _ in decode_batches(
             partial(decode, bar=bar), dataset, views, loaded.vocabulary, settings[0], device=device

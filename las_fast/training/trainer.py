@@ -25,8 +25,7 @@ from las_fast.data.normalisation import Statistics
 from las_fast.data.splice import Splice, WordTable
 from las_fast.errors import InputError, explain_error, is_out_of_memory
 from las_fast.model.las import LAS
-from las_fast.progress import Progress as ProgressBar
-from las_fast.progress import write
+from las_fast.progress import ProgressBar, write
 from las_fast.text import Vocabulary
 from las_fast.training import monitor
 from las_fast.training.adapt import FINETUNE

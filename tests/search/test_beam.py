@@ -789,7 +789,7 @@ def test_progress_counts_seconds_of_decoded_audio(monkeypatch):
         def update(self, n):
             counted.append(n)
 
-    monkeypatch.setattr(dataset_module, "Progress", Counting)
+    monkeypatch.setattr(dataset_module, "ProgressBar", Counting)
     dataset = FakeDataset(np.array([7, 30, 5, 18, 11]), [None] * 5)
     decode(ListeningModel(), dataset, 40)
     decode_dataset(ListeningModel(), dataset, Vocabulary(), config(frames_per_batch=999), device="cpu")
