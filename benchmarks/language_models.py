@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         find_lm(lm, loaded.path)  # ends before the work if there is none
     dataset = scored_split(options, loaded)
     corpus = open_corpus(options.data)
-    groups = parts(dataset.ids, corpus.root, corpus.resolve(options.split), options.by)
+    groups = parts(dataset.ids, corpus.root, corpus.choose(options.split), options.by)
     labels = (*context()[:2], loaded.path.stem, Path(options.data).resolve().name, options.split)
     for lm in options.lm:
         rows = list(measure(loaded, dataset, lm, settings, groups))

@@ -180,7 +180,7 @@ def open_utterances(options: argparse.Namespace) -> list[Utterance]:
     corpus = open_corpus(options.data)
     if corpus.kind != "audio":
         raise InputError(f"{corpus.root} has features, and the recipe changes recordings; give a corpus of recordings")
-    utterances = [u for name in corpus.resolve(options.split) for u in corpus.utterances(name)]
+    utterances = [u for name in corpus.choose(options.split) for u in corpus.utterances(name)]
     for u in utterances:
         if u.problem or not isinstance(u.transcript, str) or not u.transcript.strip():
             raise InputError(u.problem or f"{u.path} has no transcript; leave it out of the split")
@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     entries = prepare(options)
     utterances = open_utterances(options)
     corpus = open_corpus(options.data)
-    groups = parts([u.id for u in utterances], corpus.root, corpus.resolve(options.split), options.by)
+    groups = parts([u.id for u in utterances], corpus.root, corpus.choose(options.split), options.by)
     conditions = [condition for condition in CONDITIONS if condition in options.conditions]  # clean first
     rates = sorted({entry.rate for entry in entries})
     cers: Cers = {}

@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     check_utterances(entries, datasets)
     warn_of_other_texts(entries, datasets)
     corpus = open_corpus(options.data)
-    groups = parts(datasets[0].ids, corpus.root, corpus.resolve(options.split), options.by)
+    groups = parts(datasets[0].ids, corpus.root, corpus.choose(options.split), options.by)
     rows = {}
     for entry, dataset in zip(entries, datasets, strict=True):
         rows[entry.label] = list(measure(entry, dataset, groups, options.backend))

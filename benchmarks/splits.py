@@ -79,7 +79,7 @@ def utterances_of(data: str, split: str, every: int = 1) -> list[Utterance]:
     corpus = open_corpus(data)
     if corpus.kind != "audio":
         raise InputError(f"--data {data} has {corpus.name} frames; give a corpus of recordings")
-    utterances = [u for name in corpus.resolve(split) for u in corpus.utterances(name)][::every]
+    utterances = [u for name in corpus.choose(split) for u in corpus.utterances(name)][::every]
     untranscribed = [u.id for u in utterances if not str(u.transcript or "").strip()]
     if untranscribed or not utterances:
         problem = "none"

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     dataset = scored_split(options, loaded)
     corpus = open_corpus(options.data)
-    groups = parts(dataset.ids, corpus.root, corpus.resolve(options.split), options.by)
+    groups = parts(dataset.ids, corpus.root, corpus.choose(options.split), options.by)
     model = Recogniser(loaded, torch.device("cpu"))
     texts, seconds = measure(model, dataset, [model.decoder(one) for one in settings])
     rows = rows_of(dataset, groups, settings, texts, seconds)

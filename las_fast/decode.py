@@ -157,7 +157,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
     check_fits(corpus, loaded, any_features=options.any_features)
-    splits = corpus.resolve(options.split)
+    splits = corpus.choose(options.split)
     dataset = load_splits(
         corpus, splits, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text, need_text=False
     )

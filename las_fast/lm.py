@@ -91,7 +91,7 @@ class Sentences:
     Sentences that contain digits, have none of the characters or overlap with `excluded` are left out, and counted.
     """
 
-    def __init__(self, sources: list[Path], characters: str, split: str, weights: list[int] | None = None,
+    def __init__(self, sources: list[Path], characters: str, split: str | None, weights: list[int] | None = None,
                  excluded: Excluded | None = None):  # fmt: skip
         self.sources, self.characters, self.split = sources, characters, split
         self.weights, self.excluded = weights or [1] * len(sources), excluded
@@ -175,7 +175,7 @@ def parser() -> Parser:
         help=f"leave out sentences of these texts, and those with {COMMON_WORDS} words in a row in common with them",
     )  # fmt: skip
     parser.add_argument(
-        "--exclude-split", default="dev", help="split of each corpus that --exclude names (default: dev)"
+        "--exclude-split", help="split of each corpus of --exclude (default: the one that its path names, or dev)"
     )
     parser.add_argument(
         "--subtract", type=as_path, nargs="+", default=[], metavar="TEXT",
@@ -185,7 +185,9 @@ def parser() -> Parser:
         "--subtract-weight", type=float, metavar="W", help=f"weight of the subtracted model (default: {SUBTRACTED})"
     )
     parser.add_argument("--characters", default=CHARACTERS, help="characters of the checkpoint (default: A-Z ' space)")
-    parser.add_argument("--split", default="", help="split of each corpus (default: all of its training splits)")
+    parser.add_argument(
+        "--split", help="split of each corpus (default: the one that its path names, or all of its training splits)"
+    )
     return parser
 
 

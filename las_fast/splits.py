@@ -36,7 +36,7 @@ def add_utterance_options(parser: argparse.ArgumentParser, *, on_bad: str | None
 
 def open_split(
     data: str | Path,
-    split: str,
+    split: str | None,
     loaded: Loaded,
     *,
     on_bad: Literal["error", "skip"] | None,
@@ -46,6 +46,7 @@ def open_split(
 
     Args:
         data:           archive, corpus folder or manifest.
+        split:          as for Corpus.choose; None: the one that `data` names, or the dev split.
         on_bad:         what to do with an utterance that cannot be used, or has no transcript; None: as in training.
         normalise_text: map transcripts to the vocabulary, even if the training did not. This and on_bad are the
                         options of add_utterance_options, which errors name.
@@ -57,8 +58,9 @@ def open_split(
 
     corpus = open_corpus(data)
     check_fits(corpus, loaded)
-    splits = corpus.resolve(split)
-    return load_splits(corpus, splits, loaded, on_bad=on_bad, normalise_text=normalise_text, need_text=True)
+    return load_splits(
+        corpus, corpus.choose(split), loaded, on_bad=on_bad, normalise_text=normalise_text, need_text=True
+    )
 
 
 def load_splits(

@@ -50,7 +50,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest"
     )
-    parser.add_argument("--split", default="dev", help="split name (default: dev)")
+    parser.add_argument("--split", help="split name (default: the one that --data names, or dev)")
     add_utterance_options(parser)
     add_lm_option(parser)
     parser.add_argument("--out", type=as_file, metavar="FILE.csv", help="also write the table to this file")
@@ -95,8 +95,11 @@ def main(argv: list[str] | None = None) -> None:
         options.data, options.split, loaded, on_bad=options.on_bad, normalise_text=options.normalise_text
     )
     texts = decode_grid(loaded, dataset, settings, ngram, device)
+    splits = dict.fromkeys(split for split, _ in dataset.listing)
     order, rows = rank(names, settings, [text or "" for text in dataset.texts], texts)
-    print(f"{len(dataset)} utterances of {options.split}\n" + "\n".join("".join(map("{:>16}".format, r)) for r in rows))
+    print(
+        f"{len(dataset)} utterances of {'+'.join(splits)}\n" + "\n".join("".join(map("{:>16}".format, r)) for r in rows)
+    )
     print(f"best: {' '.join(options_of(settings[order[0]], names, options.lm))}")
     if options.out:
         text = io.StringIO()

@@ -31,7 +31,8 @@ from las_fast.data.batch import make_loader
 from las_fast.data.batch_plan import sorted_batches
 from las_fast.data.dataset import load_dataset
 from las_fast.data.layouts import open_corpus
-from las_fast.data.texts import read_texts
+from las_fast.data.overlap import Excluded
+from las_fast.data.texts import read_excluded, read_texts
 from las_fast.errors import InputError
 from las_fast.lm import train
 from las_fast.ops import backends, ngram_scores
@@ -604,6 +605,17 @@ def test_every_kind_of_text_is_read(tmp_path):
     assert len(speech) == 12 and all(text.startswith("A") for text in speech)  # two splits with two speakers each
 
 
+def test_texts_and_excluded_texts_are_those_of_the_split_that_a_path_names(tmp_path):
+    splits = ("train-clean-100", "dev-clean", "test-clean")
+    root = make_librispeech(tmp_path, utterances=1, splits=splits) / "LibriSpeech"
+    texts = {split: list(read_texts(root / split)) for split in splits}
+    assert list(read_texts(root)) == texts["train-clean-100"] and len(set(map(tuple, texts.values()))) == 3
+    for path, split in ((root, "dev-clean"), (root / "dev-clean", "dev-clean"), (root / "test-clean", "test-clean")):
+        assert read_excluded([path], None, lm.CHARACTERS).sentences == Excluded(texts[split], lm.CHARACTERS).sentences
+    with pytest.raises(InputError, match="/test-clean is the split test-clean, but 'dev' is asked for"):
+        read_excluded([root / "test-clean"], "dev", lm.CHARACTERS)
+
+
 def test_text_suffixes_may_be_in_upper_case(tmp_path):
     (tmp_path / "1.TRANS.TXT").write_text("1-0 HELLO THERE\n")
     assert list(read_texts(tmp_path / "1.TRANS.TXT")) == ["HELLO THERE"]
@@ -615,8 +627,8 @@ def test_text_suffixes_may_be_in_upper_case(tmp_path):
 def test_options_have_their_types_and_defaults(capsys):
     plain = lm.parser().parse_args(["a", "b", "--out", "c.safetensors"])
     assert (plain.texts, plain.out) == ([Path("a"), Path("b")], Path("c.safetensors"))
-    assert (plain.order, plain.characters, plain.split, plain.prune, plain.weights) == (5, lm.CHARACTERS, "", 1, None)
-    assert (plain.exclude, plain.exclude_split) == ([], "dev")
+    assert (plain.order, plain.characters, plain.split, plain.prune, plain.weights) == (5, lm.CHARACTERS, None, 1, None)
+    assert (plain.exclude, plain.exclude_split) == ([], None)
     for argv, message in (
         (["a"], "--out must be given"),
         (["--out", "c.safetensors"], "TEXT must be given"),

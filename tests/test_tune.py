@@ -61,7 +61,7 @@ def test_options_have_their_types_and_each_setting_of_the_grid_has_one():
     assert [type(getattr(options, name)[0]) for name in tune.GRID] == [int, *[float] * 7]
     assert tune.parser().parse_args([*argv, "--beam", "1", "2"]).beam == [1, 2]
     plain = tune.parser().parse_args(argv)
-    assert (plain.data, plain.split, plain.device, plain.lm, plain.out) == (Path("y"), "dev", "auto", None, None)
+    assert (plain.data, plain.split, plain.device, plain.lm, plain.out) == (Path("y"), None, "auto", None, None)
     assert not any(getattr(plain, name) for name in tune.GRID)
 
 
@@ -278,7 +278,7 @@ def test_progress_counts_each_utterance_once_for_each_setting(workspace, monkeyp
         totals.append(total)
         yield Namespace(update=counted.append)
 
-    monkeypatch.setattr("las_fast.search.grid.progress", progress)
+    monkeypatch.setattr("las_fast.search.grid.ProgressBar", progress)
     tune.main(argv(workspace, "--beam", 1, 2))
     assert totals == [6] and sum(counted) == 6
 

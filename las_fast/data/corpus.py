@@ -82,6 +82,27 @@ class Corpus:
                     names.append(name)
         return tuple(names)
 
+    def choose(self, split: str | None, default: str = "dev") -> tuple[str, ...]:
+        """Return the names of the splits that a command reads.
+
+        A path that names a split means that split alone: LibriSpeech/test-other, not both test splits.
+
+        Args:
+            split:   as for resolve; None: the split that the path names, or else `default`.
+            default: as for resolve.
+
+        Raises:
+            InputError: there is no such split, or the path names another one.
+        """
+        names = self.resolve(split or (self.named or default))
+        if not self.named:
+            return names
+        if self.named not in names:
+            path = self.root / self.named
+            raise InputError(f"{path} is the split {self.named}, but {split!r} is asked for; give {self.root}, or the "
+                             f"split {self.named}")  # fmt: skip
+        return (self.named,) if split is None or is_role(split) else names
+
     def _resolve_one(self, part: str) -> tuple[str, ...]:
         if part in self.listings:
             return (part,)

@@ -338,7 +338,9 @@ def parser() -> Parser:
         "--exclude", type=as_path, nargs="+", default=[], metavar="MANIFEST",
         help=f"leave out sentences of the dev split, and those with {COMMON_WORDS} words in a row in common with them",
     )  # fmt: skip
-    parser.add_argument("--exclude-split", default="dev", help="split that --exclude means (default: dev)")
+    parser.add_argument(
+        "--exclude-split", help="split of each corpus of --exclude (default: the one that its path names, or dev)"
+    )
     parser.add_argument("--speakers", type=int, default=400, help="number of speakers (default: 400)")
     parser.add_argument("--seed", type=int, default=1, help="of sentences, speakers and speeds (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread (default: 1)")
@@ -366,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     speakers = make_speakers(list(voices), options.speakers, options.seed)
     count, seconds = generate(
         options.out,
-        texts=[text for source in options.text for text in read_texts(source, option="--text")],
+        texts=[text for source in options.text for text in read_texts(source, option="--text CORPUS/SPLIT")],
         studio=Studio(synthesiser, tuple(speakers), options.seed, str(options.model)),
         hours=options.hours,
         excluded=read_excluded(options.exclude, options.exclude_split, CHARACTERS),

@@ -494,6 +494,23 @@ def test_librispeech_hours_name_its_folders(tmp_path):
     assert corpus.resolve("460") == splits[:2] and corpus.resolve("500") == splits[2:3]
 
 
+def test_a_path_of_a_split_means_that_split_alone(tmp_path):
+    splits = ("train-clean-100", "train-clean-360", "dev-clean", "dev-other")
+    root = make_librispeech(tmp_path, utterances=1, splits=splits) / "LibriSpeech"
+    whole, other = open_corpus(root), open_corpus(root / "dev-other")
+    assert whole.choose(None) == whole.choose("dev") == ("dev-clean",)
+    assert whole.choose(None, "train") == whole.choose("train") == splits[:2]
+    assert other.choose(None) == other.choose(None, "train") == other.choose("dev-other") == ("dev-other",)
+    assert other.choose("dev-clean+dev-other") == splits[2:]
+    assert open_corpus(root / "train-clean-360").choose("train") == ("train-clean-360",)
+    with pytest.raises(
+        InputError, match=r"/dev-other is the split dev-other, but 'dev' is asked for; give /.*, or the "
+    ):
+        other.choose("dev")
+    with pytest.raises(InputError, match="has no split 'test'"):
+        other.choose("test")
+
+
 def test_of_splits_that_differ_only_in_case_the_first_is_taken(tmp_path, long):
     rows = [{"id": i, "path": "long.wav", "split": s} for i, s in enumerate(("Mine", "MINE"))]
     corpus = open_corpus(write_table(tmp_path / "m.tsv", rows))
