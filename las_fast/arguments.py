@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,10 +118,12 @@ def search_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def as_path(word: str) -> Path:
     """Convert an argument to a path, and expand ~ where the shell does not, as in --out=~/run."""
-    from las_fast.files import expand
+    from las_fast.files import URL, expand
 
     if not word:
         raise argparse.ArgumentTypeError("the path is empty; give one")
+    if re.match(URL, word):
+        raise argparse.ArgumentTypeError(f"{word} is a URL; download it, and give the path of the file")
     try:
         return expand(word)
     except InputError as error:

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     from las_fast.output.figures import utterance_picture
     from las_fast.recogniser import load
 
-    model = load(options.checkpoint or default_model(), device=options.device)
+    model = load(default_model() if options.checkpoint is None else options.checkpoint, device=options.device)
     if options.file:
         picture = make_picture(model, options.file, options.start, options.end, **spelling(options))
     else:

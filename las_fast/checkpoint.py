@@ -28,6 +28,7 @@ from las_fast.files import (
     DEFAULT_MODEL,
     FORMER_NAMES,
     LAST,
+    expand,
     nearest_path_hint,
     unreadable,
     utf8_path,
@@ -125,7 +126,7 @@ def find_checkpoint(name: str | Path) -> Path:
     """
     if not str(name):
         raise InputError("the name of the checkpoint is empty; give a run folder, a file or a released model")
-    path = Path(name)
+    path = expand(name)
     if path.name == LAST and not os.path.isdir(path):
         raise InputError(
             f"{path} is a training state, for --resume; to decode, give the folder {path.parent} or {BEST} in it"

@@ -18,6 +18,7 @@ import yaml
 
 from las_fast import plain_yaml
 from las_fast.errors import InputError
+from las_fast.files import expand
 from las_fast.text import CHARACTERS, Vocabulary
 from las_fast.tree import flatten, from_tree, to_tree
 
@@ -323,7 +324,7 @@ def load_settings(name: str | Path, base: Config | None = None) -> tuple[Config,
         InputError: a mistake in the file.
     """
     is_preset = str(name) in presets()
-    path = PRESETS / f"{name}.yaml" if is_preset else Path(name)
+    path = PRESETS / f"{name}.yaml" if is_preset else expand(name)
     tree = plain_yaml.load(_read(path), str(path))
     tree = {} if tree is None else tree
     config = from_tree(Config, tree, str(path))  # names mistakes by the file's keys

@@ -24,6 +24,7 @@ LOCK = ".lock"  # in an output folder while a command writes into it, and after 
 DEFAULT_MODEL = "english"  # the released model of commands without --checkpoint
 FORMER_NAMES = {"speech13h": "english"}  # of released models, with the models that replace them
 NAME_MAX = 255  # bytes of a file name on most file systems
+URL = r"[A-Za-z][A-Za-z0-9+.-]+://"  # how one begins
 FIRST_LINE_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
 AMPLE_BYTES = 2**30  # with this much free space, a failed write is not due to a full disk

@@ -48,7 +48,7 @@ def parser() -> Parser:
         "--out", type=as_file, metavar="FILE.html", help=f"page to write (default for one run: RUN/{PAGE})"
     )
     parser.add_argument(
-        "--decode", type=as_file, metavar="FILE.jsonl", help="decoded split, the --jsonl output of las_fast.decode"
+        "--decode", type=as_path, metavar="FILE.jsonl", help="decoded split, the --jsonl output of las_fast.decode"
     )
     parser.add_argument(
         "--data", type=as_path, metavar="ROOT", help="the decoded corpus, to add recordings of the worst utterances"

@@ -104,7 +104,7 @@ def finetuned_settings(options: argparse.Namespace) -> Config:
     """Return the settings that --config finetune starts from: those of --init, or with --resume those of the run."""
     if options.resume and options.out and (options.out / CONFIG).is_file():  # --help does not need --out
         return load_config(options.out / CONFIG)
-    if not options.init:
+    if options.init is None:
         raise InputError(f"--config {FINETUNE} needs --init, the model to start from, such as --init english")
     from las_fast.checkpoint import load_model
 
@@ -115,7 +115,7 @@ def shown_settings(options: argparse.Namespace) -> Config:
     """Return the settings whose values --help shows: those of --config, or the defaults without it."""
     if options.config is None:
         return Config()
-    return starting_settings(options) if options.init else load_config(options.config)
+    return starting_settings(options) if options.init is not None else load_config(options.config)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -250,7 +250,7 @@ def check_disk_space(out: Path, trainer: Trainer) -> None:
 
 def load_init(options: argparse.Namespace, config: Config, corpus: Corpus) -> Loaded | None:
     """Load the checkpoint of --init and check that it fits; return None without --init or with --resume."""
-    if not options.init or options.resume:
+    if options.init is None or options.resume:
         return None
     from las_fast.checkpoint import load_model
 

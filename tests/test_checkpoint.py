@@ -5,6 +5,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import las_fast
-from las_fast import transcribe
+from las_fast import attention, transcribe
 from las_fast.checkpoint import (
     build_model,
     default_model,
@@ -24,10 +25,10 @@ from las_fast.checkpoint import (
     save_state,
 )
 from las_fast.cli import plain_warnings
-from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config
 from las_fast.data.normalisation import Statistics
 from las_fast.errors import FormerNameWarning, HiddenModelWarning, InputError
-from las_fast.search.ngram import find_lm
+from las_fast.search.ngram import find_lm, load_ngram_model, with_default_weight
 
 CONFIG = Config(
     features=FeatureConfig(size=5, normalisation="global"),
@@ -114,6 +115,25 @@ def test_a_former_name_gives_the_newer_model_and_a_warning(tmp_path, monkeypatch
         assert find_lm("speech13h", Path("none")) == find_lm("english", Path("none"))
     Path("speech13h").touch()  # a file of that name comes first
     assert find_checkpoint("speech13h") == Path("speech13h") and find_lm("speech13h", Path("none")) == Path("speech13h")
+
+
+def test_tilde_is_the_home_folder_in_names_of_models_and_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.safetensors", "b.lm.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "c.yaml").write_text("training: {epochs: 3}")
+    assert find_checkpoint("~/a.safetensors") == tmp_path / "a.safetensors"
+    assert find_lm("~/b.lm.safetensors", Path("none")) == tmp_path / "b.lm.safetensors"
+    assert load_config("~/c.yaml").training.epochs == 3
+
+
+def test_an_empty_name_of_a_language_model_is_not_none():
+    """As of a shell variable that is not set."""
+    loaded = load_model("an4")
+    decoding = with_default_weight(loaded, "")
+    assert decoding.ngram_weight and not loaded.config.decoding.ngram_weight
+    with pytest.raises(InputError, match="^--lm is empty; give a file or the name of a released model$"):
+        load_ngram_model("", decoding, loaded, "cpu")
 
 
 def test_a_folder_without_a_checkpoint_does_not_hide_a_released_model(tmp_path, monkeypatch):
@@ -309,6 +329,7 @@ def test_statistics_that_are_incomplete_or_of_another_size_are_refused(tmp_path,
 def test_an_empty_name_is_no_checkpoint(tmp_path):
     recording = tmp_path / "x.wav"
     recording.touch()
-    for load in (load_model, lambda name: transcribe.main([str(recording), "--checkpoint", name])):
+    commands = [partial(command.main, [str(recording), "--checkpoint", ""]) for command in (transcribe, attention)]
+    for load in (partial(load_model, ""), *commands):
         with pytest.raises(InputError, match="the name of the checkpoint is empty"):
-            load("")
+            load()

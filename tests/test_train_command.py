@@ -331,6 +331,8 @@ def test_initial_weights_are_loaded_only_by_a_new_training(archive, tmp_path, mo
         train.main(command(archive, tmp_path / "c", "--init", str(path), "--features.deltas", "1"))
     with pytest.raises(InputError, match="was trained with data.characters ABC.*, not AB ; give --config finetune"):
         train.main(command(archive, tmp_path / "c", "--init", str(path), "--data.characters", "AB "))
+    with pytest.raises(InputError, match="the name of the checkpoint is empty"):
+        train.main(command(archive, tmp_path / "c", "--init", ""))
     assert not (tmp_path / "c").exists()
 
 

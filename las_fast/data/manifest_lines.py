@@ -14,6 +14,7 @@ from las_fast.data.manifest_columns import SYNONYMS, check_columns, columns_by_m
 from las_fast.data.manifest_times import times_of_part
 from las_fast.data.tables import columns, read_rows
 from las_fast.errors import InputError
+from las_fast.files import URL
 
 CLIPS_FOLDER = "clips"  # where Common Voice keeps its recordings
 
@@ -167,7 +168,7 @@ def _resolve_path(path: Path, line: int, text: str, folder: Path) -> Path:
     """Turn a path of a manifest into the path of the file."""
     if text.startswith("file://"):
         text = unquote(text.removeprefix("file://"))
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+    if re.match(URL, text):
         raise InputError(f"{path} line {line}: {text} is a URL; download the recording and give its file")
     if os.name == "posix" and re.match(r"[A-Za-z]:[\\/]", text):
         raise InputError(f"{path} line {line}: {text} is a Windows path; write it relative to the manifest")

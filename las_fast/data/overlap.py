@@ -92,7 +92,8 @@ def without_shared_texts(train: SpeechDataset, dev: SpeechDataset, characters: s
     if shared.all():
         raise InputError(
             f"data.shared_texts drop leaves no training utterance: the transcripts of all {len(train)} overlap with "
-            "those of dev; set it to keep"
+            "those of dev; choose another dev set by --data.dev or --data.dev-share 0.1, or set data.shared_texts to "
+            "keep"
         )
     kept = train.subset(np.flatnonzero(~shared))
     reason = "its transcript overlaps with one of dev (data.shared_texts)"

@@ -28,7 +28,7 @@ import numpy as np
 
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
-from las_fast.files import safetensors_format, safetensors_metadata, unreadable, utf8_path
+from las_fast.files import expand, safetensors_format, safetensors_metadata, unreadable, utf8_path
 from las_fast.search.automaton import build_automaton
 from las_fast.search.kneser_ney import (
     FORBIDDEN_LOG_PROB,
@@ -261,7 +261,7 @@ def with_default_weight(loaded: Loaded, lm: str | os.PathLike[str] | None) -> De
     much too high if `lm` is not one.
     """
     decoding = loaded.config.decoding
-    if not lm or (decoding.ngram_weight and not _differ_in_kind(loaded.path, os.fspath(lm))):
+    if lm is None or (decoding.ngram_weight and not _differ_in_kind(loaded.path, os.fspath(lm))):
         return decoding
     return replace(decoding, ngram_weight=DEFAULT_WEIGHT)
 
@@ -291,7 +291,7 @@ def load_ngram_model(
         InputError: a weight without a model, a model without a weight, or a model with other characters.
     """
     if not decoding.ngram_weight:
-        if lm:
+        if lm is not None:
             raise InputError(f"{option}{lm} has no effect while decoding.ngram_weight is 0; leave one of them out")
         return None
     path = find_lm(lm, loaded.path, option)
@@ -318,15 +318,17 @@ def find_lm(lm: str | None, checkpoint: Path, option: str = "--lm ") -> Path | N
     """Return the file of a language model: `lm` is a path or the name of a released model; None: the checkpoint's.
 
     Returns None if lm is None and the checkpoint has no language model. `option` is the text before the name in errors.
-    Raises InputError for an unknown name.
+    Raises InputError for an empty or unknown name.
     """
     from las_fast.checkpoint import RELEASED, current_name
 
     if lm is None:
         path = lm_path_for(checkpoint)
         return path if os.path.isfile(path) else None
-    if Path(lm).is_file():
-        return Path(lm)
+    if not lm:
+        raise InputError(f"{option}is empty; give a file or the name of a released model")
+    if (path := expand(lm)).is_file():
+        return path
     released = {path.name.removesuffix(".lm.safetensors"): path for path in RELEASED.glob("*.lm.safetensors")}
     if (name := current_name(lm)) not in released:
         known = f", nor one of the released models: {', '.join(sorted(released))}" if released else ""

@@ -53,6 +53,7 @@ def test_by_default_they_are_kept(tmp_path):
 
 def test_it_is_an_error_if_none_is_left(tmp_path):
     message = "data.shared_texts drop leaves no training utterance: the transcripts of all 2 overlap"
+    message += " with those of dev; choose another dev set by --data.dev or --data.dev-share 0.1, or set"
     with pytest.raises(InputError, match=message):
         load(tmp_path, ["HELLO THERE", "HELLO THERE"])
 

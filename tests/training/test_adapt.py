@@ -282,6 +282,8 @@ def test_the_finetune_preset_takes_all_else_from_the_checkpoint(parent):
     assert options.user_set >= {"features.size", "features.kind"}
     with pytest.raises(InputError, match="--config finetune needs --init, the model to start from"):
         train.parse(arguments("finetune", "here", "run"))
+    with pytest.raises(InputError, match="the name of the checkpoint is empty"):
+        train.parse(arguments("finetune", "here", "run", "--init", ""))
 
 
 def test_fine_tuning_does_not_choose_data_as_the_checkpoint_did(tmp_path):
