@@ -267,6 +267,7 @@ def masked_attention(
         results = [masked_attention(x, keys, values, lengths, scale, weights) for x in blocks]
         return tuple(torch.cat(column, 1) for column in zip(*results, strict=True))
     query, keys, values = map(_dense_rows, (query, keys, values))
+    lengths = lengths.contiguous()
     blocks, options = _blocks(K, D, E, query.dtype)
     splits, range_frames = _ranges(K, T, blocks["BLOCK_T"])
     attention = query.new_empty((B, K, T) if weights else (0, 0, 0), dtype=torch.float32)
@@ -307,6 +308,7 @@ def masked_attention_backward(
         results = (query, keys, values, lengths, context, weights, logsumexp)
         return _backward_in_parts(max_rows, context_gradient, weights_gradient, *results, scale, memory)
     query, keys, values = map(_dense_rows, (query, keys, values))
+    lengths = lengths.contiguous()
     blocks, options = _blocks(K, D, E, query.dtype, "backward")
     splits, range_frames = _ranges(K, T, blocks["BLOCK_T"])
     shapes = [(x.shape if memory else (0, 0, 0)) for x in (keys, values)]

@@ -164,7 +164,7 @@ def check_audio() -> Finding:
 
 
 def check_compiler() -> Finding:
-    """Check the C++ compiler, which only the extension needs, and only while it is built."""
+    """Check the C++ compiler, which the extension needs while it is built. check_backends reports what Triton lacks."""
     if missing := missing_for_build():
         reason, remedy = missing
         return Finding(reason, "" if _extension_problem() is None else remedy)
@@ -218,8 +218,8 @@ def check_backends() -> Finding:
     counts = Counter(backends.auto_backend(op, device) for op in backends.IMPLEMENTED)
     state = ", ".join(f"{BACKEND_NAMES[name]} for {count}" for name, count in counts.most_common())
     reason = backends.unavailable("beam_topk", "triton") if device == "cuda" else None
-    _, _, command = (reason or "").partition(". Run: ")
-    advice = f"run: {command}" if command else ""
+    _, _, advice = (reason or "").partition(". ")
+    advice = advice[:1].lower() + advice[1:]
     return Finding(f"{state} of {len(backends.IMPLEMENTED)} ops; python -m las_fast.ops lists them", advice)
 
 

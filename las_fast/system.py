@@ -79,6 +79,21 @@ def missing_for_build() -> tuple[str, str] | None:
     return None
 
 
+def missing_for_triton() -> tuple[str, str] | None:
+    """Return what is missing to launch Triton kernels, as triton.runtime.build looks for it, and how to install it.
+
+    The result is None if nothing is missing.
+    """
+    if "CC" not in os.environ and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "there is no C compiler (gcc or clang)", "Install gcc"
+    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        folders += os.environ.get(name, "").split(":")
+    if not any(Path(folder, "Python.h").is_file() for folder in folders):
+        return f"Python's headers are missing ({folders[0]}/Python.h)", "Install python3-dev (python3-devel)"
+    return None
+
+
 def machine_name() -> str:
     """Return the processor's name, with its CPU family and model if the name is too short to identify it."""
     path = Path("/proc/cpuinfo")

@@ -214,9 +214,16 @@ def test_gpus_are_listed_with_their_memory_and_triton_is_asked_for(monkeypatch):
     card = SimpleNamespace(name="H100", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
     assert doctor.check_gpu() == ("H100 (80 GiB), H100 (80 GiB)", "")
+    backends._unmet_by_triton.cache_clear()
     monkeypatch.setattr(backends, "is_installed", lambda name: False)
     state, advice = doctor.check_backends()
     assert state.startswith("reference for ") and advice == "run: pip install triton"
+    backends._unmet_by_triton.cache_clear()
+    monkeypatch.setattr(backends, "is_installed", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 6))
+    monkeypatch.setattr(backends, "missing_for_triton", lambda: ("there is no C compiler", "Install gcc"))
+    assert doctor.check_backends().advice == "install gcc"
+    backends._unmet_by_triton.cache_clear()
 
 
 def test_the_backends_of_all_ops_are_counted():

@@ -109,6 +109,28 @@ def test_what_is_missing_for_the_extension_comes_with_the_package_that_has_it(mo
     assert system.missing_for_build() is None
 
 
+def test_what_is_missing_for_triton_is_what_it_looks_for(monkeypatch, tmp_path):
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    found: list[str] = []
+    monkeypatch.setattr(system.shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.setattr(system.sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert system.missing_for_triton() == ("there is no C compiler (gcc or clang)", "Install gcc")
+    for name in ("gcc", "clang"):
+        found[:] = [name]
+        problem, advice = system.missing_for_triton()
+        assert problem == f"Python's headers are missing ({tmp_path}/Python.h)" and advice.startswith(
+            "Install python3-dev"
+        )
+    found.clear()
+    monkeypatch.setenv("CC", "my-compiler")  # Triton then runs it, wherever it is
+    monkeypatch.setenv("CPATH", f"/nowhere:{tmp_path / 'other'}")
+    assert "headers" in system.missing_for_triton()[0]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "Python.h").touch()
+    assert system.missing_for_triton() is None
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
 def test_decoding_returns_large_blocks_to_the_system_and_training_keeps_them():
     """Runs in a new process, which counts its mapped blocks."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib
+import signal
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1  # of prctl
 ROWS, LOG, TABLE = "rows.csv", "log.txt", "table.txt"  # files in the results folder
 
 
@@ -69,8 +73,15 @@ def main(argv: list[str] | None = None) -> None:
     # The clock is that of the whole system, so importing torch counts.
     parser.add_argument("--end", type=float, required=True, help="time.monotonic() at which the part has to end")
     arguments = parser.parse_args(argv)
+    end_with_parent()
     options = Options(arguments.out, arguments.device, arguments.quick, arguments.commit, arguments.data)
     run_part(arguments.part, options, arguments.end)
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when its parent ends, even by SIGKILL: it must not go on using the GPU."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_part(name: str, options: Options, end: float) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from las_fast.ops import backends
 
-WAIT_CYCLES = 2_000_000  # of the device's clock, about a millisecond
+CLOCK = 2e9  # Hz of the device, about
+MIN_WAIT, MAX_WAIT = 1e-3, 20e-3  # seconds
 FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU
 # Prefixes of the profiler's entries that are not kernels: copies, and spans of time that contain kernels.
 NOT_KERNELS = ("Memcpy", "Memset", "Optimizer.", "ProfilerStep")
@@ -51,10 +52,14 @@ class DeviceTimer:
     def __init__(self, device: str, *, seconds: float = 0.4, min_calls: int = 5, max_calls: int = 100):
         self.device, self.seconds, self.min_calls, self.max_calls = device, seconds, min_calls, max_calls
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+        self.wait = MIN_WAIT  # seconds that the device waits before a call
 
     def __call__(self, run: Callable[[], object]) -> float:
         for _ in range(2):
+            synchronize(self.device)
+            started = time.perf_counter()
             run()
+            self.wait = min(max(MIN_WAIT, 2 * (time.perf_counter() - started)), MAX_WAIT)
         times: list[float] = []
         while len(times) < self.min_calls or (sum(times) < self.seconds * 1e6 and len(times) < self.max_calls):
             times.append(self.once(run))
@@ -65,7 +70,8 @@ class DeviceTimer:
             return 1e6 * seconds_of_call(run, self.device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()  # evict the inputs from the cache: the lower bound assumes that they are read from memory
-        torch.cuda._sleep(WAIT_CYCLES)  # meanwhile the host enqueues the call, whose launches are then not measured
+        # Meanwhile the host enqueues the call, whose launches are then not measured.
+        torch.cuda._sleep(round(self.wait * CLOCK))
         begin.record()
         run()
         end.record()

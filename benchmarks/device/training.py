@@ -23,8 +23,7 @@ from las_fast.training.trainer import Trainer
 TYPICAL = ("hw4p2", 49)  # preset, utterances of the batch
 MAIN_PATHS = ("las_fast bf16", "plain graphed bf16", "plain bf16")
 OTHER_PATHS = tuple(path for path in PATHS if path not in MAIN_PATHS)
-BATCHES = (  # the most important first
-    (*TYPICAL, (*MAIN_PATHS, *OTHER_PATHS)),
+OTHER_BATCHES = (
     ("an4", 16, (*MAIN_PATHS, "las_fast", "usual")),
     ("hw4p2", 96, MAIN_PATHS),
     ("hw4p2", 22, MAIN_PATHS),
@@ -34,17 +33,16 @@ QUICK_LENGTHS = (60, 37)  # feature frames
 
 
 def run(options: Options, record: Record) -> None:
-    typical, *others = BATCHES
-    time_steps([typical], options, record)
+    """Time the step, the most important first: las_fast and its best baselines, then where the time goes."""
+    time_steps([(*TYPICAL, MAIN_PATHS)], options, record)
+    profile_step(MAIN_PATHS[0], options, record)
     free(options.device)
     with record.attempt("parts of a training step"):
         time_parts(TYPICAL, options, record)
-    for path in MAIN_PATHS[:1] if options.quick else MAIN_PATHS[:2]:
-        free(options.device)
-        with record.attempt("profile of a training step", path=path):
-            record_profile(path, make_batch(*TYPICAL, options.quick), options, record)
     if not options.quick:
-        time_steps(others, options, record)
+        time_steps(OTHER_BATCHES, options, record)
+        profile_step(MAIN_PATHS[1], options, record)
+    time_steps([(*TYPICAL, OTHER_PATHS)], options, record)
 
 
 def time_steps(batches: Sequence[tuple[str, int, tuple[str, ...]]], options: Options, record: Record) -> None:
@@ -56,6 +54,14 @@ def time_steps(batches: Sequence[tuple[str, int, tuple[str, ...]]], options: Opt
         free(options.device)
         with record.attempt("training step", **labels):
             time_step(path, batch, config_of(preset, options.quick), options, record, labels)
+
+
+def profile_step(path: str, options: Options, record: Record) -> None:
+    """Profile a step of one path, if there is time left."""
+    for _ in record.while_time_remains([path], "profile of a training step"):
+        free(options.device)
+        with record.attempt("profile of a training step", path=path):
+            record_profile(path, make_batch(*TYPICAL, options.quick), options, record)
 
 
 def config_of(preset: str, quick: bool) -> Config:
@@ -118,7 +124,8 @@ def time_parts(typical: tuple[str, int], options: Options, record: Record) -> No
     trainer = make_trainers(config, ["las_fast bf16"], device)["las_fast bf16"]
     labels = {"shape": f"{preset} {shape_of(batch)}", "dtype": "bfloat16"}
     repeats = {"rounds": 1, "warmups": 0} if options.quick else {"rounds": 5}
-    for name, path, function in StepParts(trainer, batch.to(device), device).functions(device):
+    parts = StepParts(trainer, batch.to(device), device).functions(device)
+    for name, path, function in record.while_time_remains(parts, "parts of a training step"):
         for what, backward in ((f"{name}, forward", False), (name, True)):
             with record.attempt(what, path=path, **labels):
                 seconds = median_seconds(lambda f=function, b=backward: f(b), device, max_seconds=1.5, **repeats)

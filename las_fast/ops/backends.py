@@ -11,12 +11,13 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from las_fast.errors import SlowPathWarning
-from las_fast.system import is_installed
+from las_fast.system import is_installed, missing_for_triton
 
 BACKENDS = ("reference", "fused", "cpp", "triton")  # fused: PyTorch calls arranged for speed
 FLOAT32, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
@@ -41,6 +42,7 @@ HELPER_OPS = (
     "speller_pack",
     "speller_unroll_backward",
 )
+MIN_CAPABILITY = (8, 0)  # of GPUs: older ones have less shared memory than the kernels' tiles need, and no bf16
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the device type that a backend requires
 FASTEST_FIRST = ("triton", "cpp")
 IN_CHECKOUT = (Path(__file__).resolve().parents[2] / "setup.py").is_file()
@@ -90,8 +92,24 @@ def _triton_problem() -> str | None:
         return "there is no CUDA device here. Use backend='auto'"
     if torch.version.hip:
         return "the Triton kernels are for NVIDIA GPUs only. Use backend='auto'"
+    return _unmet_by_triton()
+
+
+@cache  # `choose` asks at each call
+def _unmet_by_triton() -> str | None:
+    """Return which need of Triton this machine does not meet, and what to do; None if it meets all."""
     if not is_installed("triton"):
         return "triton is not installed. Run: pip install triton"
+    for number in range(torch.cuda.device_count()):
+        if (capability := torch.cuda.get_device_capability(number)) < MIN_CAPABILITY:
+            needed, present = (f"{major}.{minor}" for major, minor in (MIN_CAPABILITY, capability))
+            return (
+                f"the Triton kernels need GPUs of compute capability {needed} or higher, and "
+                f"{torch.cuda.get_device_name(number)} has {present}. If there are newer ones, hide this by "
+                "CUDA_VISIBLE_DEVICES"
+            )
+    if missing := missing_for_triton():
+        return "Triton compiles code when a kernel is first launched, but {}. {}".format(*missing)
     return None
 
 

@@ -91,17 +91,20 @@ class Learner:
         """Compute the gradients of a batch, in parts if it does not fit in memory; return its losses per token."""
         utterances, frames = batch.features.shape[:2]
         parts = self.parts.begin(utterances, frames)
+        freed = self.device.type != "cuda"  # whether nothing else can be freed
         while True:
             self.optimiser.zero_grad()
             try:
                 return self._accumulate(batch, self.parts.size(utterances))
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or parts >= utterances:
+                if not is_out_of_memory(error) or (freed and parts >= utterances):
                     raise
-            parts = self.parts.halve(utterances, frames)  # outside `except`, where the error keeps tensors alive
-            if self.device.type == "cuda":
+            if freed:
+                parts = self.parts.halve(utterances, frames)  # outside `except`, where the error keeps tensors alive
+            if self.device.type == "cuda":  # the first time, the whole batch may fit once these are freed
                 clear_graphs()  # those of the last validation
                 torch.cuda.empty_cache()
+                freed = True
 
     def _accumulate(self, batch: Batch, size: int) -> dict[str, Tensor]:
         """Add up the gradients of `size` utterances at a time; return the losses of the batch per token."""

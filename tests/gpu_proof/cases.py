@@ -253,9 +253,15 @@ def check_attention(
 def launch_attention(device, query, keys, values, lengths, scale, weights, layout, precision, out_of_range=False):
     tensors = [query, with_poisoned_padding(keys, lengths), with_poisoned_padding(values, lengths)]
     tensors = [with_layout(x.to(device), layout) for x in tensors]
-    lengths = out_of_range_lengths(lengths, keys.shape[1]) if out_of_range else lengths
+    lengths = passed_lengths(lengths.to(device), keys.shape[1], layout, out_of_range)
     with matmul_precision(precision), not_copied(*tensors):
-        return launcher("masked_attention")(*tensors, lengths.to(device), scale, weights)
+        return launcher("masked_attention")(*tensors, lengths, scale, weights)
+
+
+def passed_lengths(lengths, T, layout, out_of_range):
+    """Return the lengths as the launcher gets them: out of range, and as a column of a matrix if rows are strided."""
+    lengths = out_of_range_lengths(lengths, T) if out_of_range else lengths
+    return torch.stack([lengths, lengths.flip(0) + 1], 1)[:, 0] if layout == "strided" else lengths
 
 
 def check_attention_gradients(
@@ -285,10 +291,10 @@ def check_attention_gradients(
     tensors = [query, with_poisoned_padding(keys, lengths), with_poisoned_padding(values, lengths)]
     tensors = [with_layout(x.to(device), layout) for x in tensors]
     upstream_there = [None if x is None else with_layout(x.to(device), layout) for x in upstream]
-    passed_lengths = (out_of_range_lengths(lengths, T) if out_of_range else lengths).to(device)
+    lengths_there = passed_lengths(lengths.to(device), T, layout, out_of_range)
     with matmul_precision(precision):
         actual = launcher("masked_attention", "masked_attention_backward")(
-            *upstream_there, *tensors, passed_lengths, context, weights, logsumexp, scale, memory
+            *upstream_there, *tensors, lengths_there, context, weights, logsumexp, scale, memory
         )
     exact = plain_gradients([x.double() for x in inputs[:3]], lengths, scale, precision, upstream)
     plain = plain_gradients(inputs[:3], lengths, scale, precision, upstream)

@@ -25,6 +25,14 @@ LENGTHS = torch.tensor([7, 3, 1])
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    """Nothing is remembered from or for other tests."""
+    backends._unmet_by_triton.cache_clear()
+    yield
+    backends._unmet_by_triton.cache_clear()
+
+
 @pytest.fixture
 def not_built(monkeypatch):
     monkeypatch.setattr(backends, "EXTENSION_PROBLEM", f"the extension is not built. {backends.BUILD_ADVICE}")
@@ -242,8 +250,45 @@ def test_triton_needs_an_nvidia_gpu_and_its_package(monkeypatch, cuda_available,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda_available)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(backends, "is_installed", lambda name: installed)
+    monkeypatch.setattr(backends, "missing_for_triton", lambda: None)
     problem = backends.unavailable("beam_topk", "triton")
     assert problem is None if message is None else problem.startswith(message)
+
+
+@pytest.fixture
+def modern_gpus(monkeypatch):
+    """Two GPUs that Triton supports, with all that it needs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backends, "is_installed", lambda name: True)
+    monkeypatch.setattr(backends, "missing_for_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 0))[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("H200", "A100")[i])
+
+
+@pytest.mark.usefixtures("modern_gpus")
+def test_triton_needs_gpus_of_compute_capability_8(monkeypatch):
+    assert backends.unavailable("beam_topk", "triton") is None
+    backends._unmet_by_triton.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (7, 5))[i])
+    assert backends.unavailable("beam_topk", "triton") == (
+        "the Triton kernels need GPUs of compute capability 8.0 or higher, and A100 has 7.5. If there are newer ones, "
+        "hide this by CUDA_VISIBLE_DEVICES"
+    )
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="compute capability 8.0"):
+        assert backends.choose("speller_unroll", "auto", CUDA) == "fused"
+
+
+@pytest.mark.usefixtures("modern_gpus")
+def test_triton_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        backends, "missing_for_triton", lambda: ("there is no C compiler (gcc or clang)", "Install gcc")
+    )
+    assert backends.unavailable("beam_topk", "triton") == (
+        "Triton compiles code when a kernel is first launched, but there is no C compiler (gcc or clang). Install gcc"
+    )
 
 
 def test_triton_kernels_refuse_sizes_beyond_their_limits():
