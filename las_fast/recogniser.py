@@ -194,6 +194,7 @@ class Recogniser:
         Args:
             recordings:   each as in `transcribe`, which also has beam, beam_threshold, speeds, warps, lm, nbest,
                           min_speech_score and vad.
+            sample_rate:  of the arrays, in Hz. With it, all recordings are arrays; without it, paths or file objects.
             skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising; default False.
             pool_seconds: seconds of speech decoded together; default 600.
             warn:         called with a message for each problem of a recording; default warnings.warn.

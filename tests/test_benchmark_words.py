@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,7 +143,6 @@ def test_a_silent_utterance_is_left_out(tmp_path):
         (["--out", "a.csv"], "the output is a calibration; give a name that ends in .json"),
         (["--out", "a.words.json", "--prior", "an5"], "checkpoint an5 is neither"),
         (["--out", "a.words.json", "--prior", "mine"], "--prior .*mine.* has no calibration: .*best.words.json"),
-        (["--out", "a.words.json", "--large-text", "mine/best.safetensors"], "is not UTF-8 text in a whole gzip file"),
     ],
 )
 def test_wrong_options_of_fit_are_an_error_before_the_work(tmp_path, monkeypatch, argv, sentence):
@@ -168,6 +168,23 @@ def test_the_prior_is_that_of_the_named_checkpoint(tmp_path):
     Calibration(weights, weights).save(tmp_path / "best.words.json")
     assert module.load_prior(str(tmp_path)).beam == weights
     assert module.load_prior("default") == load_calibration(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+@pytest.mark.parametrize(
+    ("characters", "known"),
+    [
+        ("ABCDEFGHIJKLMNOPQRSTUVWXYZ' ", {"IT'S", "A", "SAID"}),
+        ("abcdefghijklmnopqrstuvwxyz ", {"it", "s", "a", "said"}),
+    ],
+)
+def test_known_words_have_the_characters_of_the_checkpoint(tmp_path, suffix, characters, known):
+    few, many = (tmp_path / f"{name}{suffix}" for name in ("few", "many"))
+    for path, lines in ((few, ["It’s a"]), (many, ["“Said,” 3"] + ['"Said," she.'] * 39 + ["SAID"])):
+        with (gzip.open if suffix == ".txt.gz" else open)(path, "wt", encoding="utf-8") as file:
+            file.write("\n".join(lines))
+    options = SimpleNamespace(text=[str(few)], large_text=[str(many)])
+    assert module.known_words(options, characters) == known  # "she" occurs 39 times, and a line has a digit
 
 
 def test_joined_speech_starts_where_it_says():

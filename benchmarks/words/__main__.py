@@ -70,8 +70,8 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
     add("--prior", metavar="NAME",
         help='checkpoint whose calibration is the prior, or "default" (default: none)')  # fmt: skip
     add("--text", nargs="*", default=[], metavar="SOURCE", help="texts whose words are known, as for las_fast.lm")
-    add("--large-text", nargs="*", default=[], metavar="FILE.gz",
-        help=f"texts whose words are known if they occur at least {MIN_OCCURRENCES} times")  # fmt: skip
+    add("--large-text", nargs="*", default=[], metavar="SOURCE",
+        help=f"the same, of words that occur at least {MIN_OCCURRENCES} times")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gzip
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ from benchmarks.words.fitting import FOLDS, cross_validated, fit_sparingly
 from benchmarks.words.quality import quality_of
 from benchmarks.words.record import record
 from las_fast.checkpoint import Loaded, find_checkpoint, load_model
-from las_fast.data.texts import read_texts
+from las_fast.data.texts import map_text, read_texts
 from las_fast.errors import InputError
 from las_fast.files import prepare_output_file
 from las_fast.recogniser import Recogniser
@@ -53,7 +51,7 @@ def measure_by_folds(options: argparse.Namespace) -> None:
     loaded = load_model(options.checkpoint)
     prior = load_prior(options.prior) if options.prior else None
     for name, beam in (("beam", None), ("greedy", 1)):
-        features, words = collect_features(loaded, known_words(options), options, beam)
+        features, words = collect_features(loaded, known_words(options, loaded.vocabulary.characters), options, beam)
         if len(np.unique(words.utterance)) < FOLDS:
             raise InputError(f"cross needs at least {FOLDS} utterances with words; give another --split")
         start, right = getattr(prior, name, None), words.right
@@ -74,7 +72,8 @@ def fit_calibration(options: argparse.Namespace) -> None:
     out = Path(options.out)
     prepare_output_file(out, "--out", what="a calibration", suffixes=(".json",), may_replace=is_calibration)
     prior = load_prior(options.prior) if options.prior else None
-    known, loaded = known_words(options), load_model(options.checkpoint)
+    loaded = load_model(options.checkpoint)
+    known = known_words(options, loaded.vocabulary.characters)
     weights = {}
     for search, beam in (("beam", None), ("greedy", 1)):
         features, words = collect_features(loaded, known, options, beam)
@@ -158,16 +157,17 @@ def collect_features(
     return {name: x[order] for name, x in collector.features().items()}, words
 
 
-def known_words(options: argparse.Namespace) -> frozenset[str]:
-    """Return the words of --text, and those that occur at least MIN_OCCURRENCES times in a file of --large-text."""
-    words = {word for source in options.text for text in read_texts(Path(source)) for word in text.upper().split()}
-    for path in options.large_text:
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                counts = Counter(word for line in file for word in line.split())
-        except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise InputError(f"--large-text {path} is not UTF-8 text in a whole gzip file ({error})") from None
-        words |= {word for word, count in counts.items() if count >= MIN_OCCURRENCES}
+def known_words(options: argparse.Namespace, characters: str) -> frozenset[str]:
+    """Return the words of --text, and those that occur at least MIN_OCCURRENCES times in a text of --large-text.
+
+    characters: of the checkpoint; the texts are mapped onto them, as its transcripts are.
+    """
+    words = set()
+    for sources, least in ((options.text, 1), (options.large_text, MIN_OCCURRENCES)):
+        for source in sources:
+            texts = (map_text(text, characters) or "" for text in read_texts(Path(source)))
+            counts = Counter(word for text in texts for word in text.split())
+            words |= {word for word, count in counts.items() if count >= least}
     return frozenset(words)
 
 
