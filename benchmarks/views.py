@@ -29,7 +29,7 @@ from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.output.metrics import score
 from las_fast.progress import ProgressBar
-from las_fast.recogniser import Decoder, Recogniser
+from las_fast.recogniser import Recogniser, SearchSetup
 from las_fast.search.views import views_of
 
 FILE = RESULTS / "views.csv"
@@ -57,23 +57,23 @@ def pairs_of(speeds: Sequence[list[float]], warps: Sequence[list[float]]) -> lis
 
 
 def measure(
-    model: Recogniser, dataset: SpeechDataset, decoders: Sequence[Decoder]
+    model: Recogniser, dataset: SpeechDataset, setups: Sequence[SearchSetup]
 ) -> tuple[list[list[str]], list[float]]:
-    """Return the texts of the utterances, and the CPU seconds, for each decoder."""
-    texts = [[""] * len(dataset) for _ in decoders]
-    seconds = [0.0] * len(decoders)
+    """Return the texts of the utterances, and the CPU seconds, for each setup."""
+    texts = [[""] * len(dataset) for _ in setups]
+    seconds = [0.0] * len(setups)
     order = np.argsort(dataset.frame_counts, kind="stable")
-    model.decode_dataset(dataset, decoders[0], progress=False)  # reads the features and loads what is loaded once
-    passes = sum(len(views_of(decoder.config)) for decoder in decoders)
+    model.decode_dataset(dataset, setups[0], progress=False)  # reads the features and loads what is loaded once
+    passes = sum(len(views_of(setup.config)) for setup in setups)
     with ProgressBar(CHUNKS * passes, "decoding", "parts") as bar:
-        for k, (d, decoder) in itertools.product(range(CHUNKS), enumerate(decoders)):
+        for k, (d, setup) in itertools.product(range(CHUNKS), enumerate(setups)):
             indices = order[k::CHUNKS]
             started = time.process_time()
-            results = model.decode_dataset(dataset.subset(indices), decoder, progress=False)
+            results = model.decode_dataset(dataset.subset(indices), setup, progress=False)
             seconds[d] += time.process_time() - started
             for i, (best, *_) in zip(indices, results, strict=True):
                 texts[d][i] = model.loaded.vocabulary.decode(best.text_tokens)
-            bar.update(len(views_of(decoder.config)))
+            bar.update(len(views_of(setup.config)))
     return texts, seconds
 
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     corpus = open_corpus(options.data)
     groups = parts(dataset.ids, corpus.root, corpus.choose(options.split), options.by)
     model = Recogniser(loaded, torch.device("cpu"))
-    texts, seconds = measure(model, dataset, [model.decoder(one) for one in settings])
+    texts, seconds = measure(model, dataset, [model.search_setup(one) for one in settings])
     rows = rows_of(dataset, groups, settings, texts, seconds)
     print(markdown(rows, list(groups)))
     if options.record:

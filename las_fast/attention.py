@@ -327,8 +327,8 @@ def attend(
     if text is None:
         seconds = [seconds_of(len(inputs), config)]
         data = Utterances([features], ["the utterance"], seconds, config, loaded.statistics)
-        decoder = model.decoder(model.settings(beam=beam, beam_threshold=beam_threshold).one_view())
-        tokens = list(model.decode_dataset(data, decoder, progress=False)[0][0].text_tokens)
+        setup = model.search_setup(model.settings(beam=beam, beam_threshold=beam_threshold).one_view())
+        tokens = list(model.decode_dataset(data, setup, progress=False)[0][0].text_tokens)
     else:
         tokens = encode(text, loaded.vocabulary)
     with torch.inference_mode():

@@ -153,7 +153,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     from las_fast.recogniser import Recogniser
 
     model = Recogniser(loaded, choose_device(options.device), lm_option="--lm ")
-    decoder = model.decoder(decoding, options.lm)
+    setup = model.search_setup(decoding, options.lm)
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
     check_fits(corpus, loaded, any_features=options.any_features)
@@ -165,7 +165,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     check_references(dataset, loaded, normalised=normalised)
     warn_of_long_utterances(dataset)
     started = time.perf_counter()
-    hypotheses = model.decode_dataset(dataset, decoder, nbest=options.nbest, words=bool(options.jsonl))
+    hypotheses = model.decode_dataset(dataset, setup, nbest=options.nbest, words=bool(options.jsonl))
     seconds = time.perf_counter() - started
     rows = [jsonl_row(dataset, i, hypotheses[i], loaded) for i in range(len(dataset))]
     write_results(options, corpus, dataset, rows)

@@ -89,7 +89,7 @@ def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogni
     return Recogniser(load_model(os.fspath(checkpoint), chosen), chosen)
 
 
-class Decoder(NamedTuple):
+class SearchSetup(NamedTuple):
     """The arguments of las_fast.search.beam.beam_search that do not depend on the utterances."""
 
     config: DecodingConfig
@@ -251,21 +251,21 @@ class Recogniser:
         Raises:
             InputError: the features or an option are invalid, or an utterance does not fit in memory.
         """
-        decoder = self._decoder_of(options, nbest)
+        setup = self._setup_of(options, nbest)
         if not isinstance(features, (list, tuple)):
-            return self._decode(self._utterances({"features": features}), decoder, nbest)[0]
+            return self._decode(self._utterances({"features": features}), setup, nbest)[0]
         by_name = {f"features[{i}]": x for i, x in enumerate(features)}
-        return self._decode(self._utterances(by_name), decoder, nbest) if by_name else []
+        return self._decode(self._utterances(by_name), setup, nbest) if by_name else []
 
-    def _decoder_of(self, options: DecodingOptions, nbest: int) -> Decoder:
-        """Return the decoder of the options; raise InputError for all that makes decoding with them impossible."""
-        decoder = self.decoder(self.settings(**options), options.get("lm"))
-        check_nbest(nbest, decoder.config.beam)
-        self._word_finder(decoder.config)  # reads the calibration, which may be damaged
-        return decoder
+    def _setup_of(self, options: DecodingOptions, nbest: int) -> SearchSetup:
+        """Return the setup of the options; raise InputError for all that makes decoding with them impossible."""
+        setup = self.search_setup(self.settings(**options), options.get("lm"))
+        check_nbest(nbest, setup.config.beam)
+        self._word_finder(setup.config)  # reads the calibration, which may be damaged
+        return setup
 
-    def _decode(self, data: Utterances, decoder: Decoder, nbest: int) -> list[list[Hypothesis]]:
-        results = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, words=True, progress=False)
+    def _decode(self, data: Utterances, setup: SearchSetup, nbest: int) -> list[list[Hypothesis]]:
+        results = self.decode_dataset(data, setup, nbest=nbest, speech_scores=True, words=True, progress=False)
         return [[self.hypothesis(result) for result in nbest_results] for nbest_results in results]
 
     def _utterances(self, features: dict[str, Any]) -> Utterances:
@@ -311,11 +311,11 @@ class Recogniser:
         if warning := self.features_warning():
             warn(warning)
         check_vad(vad)
-        decoder = self._decoder_of(options, nbest)
+        setup = self._setup_of(options, nbest)
         return Transcription(
             features=self.loaded.config.features,
             statistics=self.loaded.statistics,
-            decode=lambda data: self._decode(data, decoder, nbest),
+            decode=lambda data: self._decode(data, setup, nbest),
             min_speech_score=min_speech_score,
             vad=vad,
             skip_bad=skip_bad,
@@ -368,7 +368,7 @@ class Recogniser:
             decoding = replace(decoding, warps=as_numbers("warps", warps))
         return check_decoding(self.loaded.config, decoding)
 
-    def decoder(self, decoding: DecodingConfig, lm: LanguageModel = None) -> Decoder:
+    def search_setup(self, decoding: DecodingConfig, lm: LanguageModel = None) -> SearchSetup:
         """Prepare searches with these settings; for lm see `transcribe`.
 
         Raises:
@@ -381,7 +381,7 @@ class Recogniser:
             ngram, rewarded = self._ngram_model(decoding, None if lm is None or lm is False else os.fspath(lm))
             weight, reward = rewarded.ngram_weight, rewarded.length_reward
             config = replace(decoding, ngram_weight=weight, length_reward=reward)
-            return Decoder(config, ngram, self._packed[decoding.precision])
+            return SearchSetup(config, ngram, self._packed[decoding.precision])
 
     def _ngram_model(self, decoding: DecodingConfig, lm: str | None) -> tuple[NgramModel | None, DecodingConfig]:
         """Return the results of fold_length_reward, from the cache if file and weights are those of the last call."""
@@ -403,7 +403,7 @@ class Recogniser:
     def decode_dataset(
         self,
         data: SpeechDataset | Utterances,
-        decoder: Decoder,
+        setup: SearchSetup,
         *,
         nbest: int = 1,
         speech_scores: bool = False,
@@ -414,7 +414,7 @@ class Recogniser:
 
         words: whether hypotheses have words.
         """
-        config, ngram, packed = decoder
+        config, ngram, packed = setup
         return dataset.decode_dataset(
             self.loaded.model,
             data,

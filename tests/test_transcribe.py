@@ -26,7 +26,7 @@ from las_fast.data.segments import Speech
 from las_fast.errors import InputError, show
 from las_fast.output.metrics import score
 from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word
-from las_fast.recogniser import Decoder, Recogniser
+from las_fast.recogniser import Recogniser, SearchSetup
 from las_fast.search import beam, dataset
 from las_fast.transcribe import main
 
@@ -352,10 +352,10 @@ class Work:
             path=Path("none.safetensors"),
             vocabulary=SimpleNamespace(decode=lambda tokens: "".join(map(chr, tokens))),
         )  # fmt: skip
-        self.decoder = Decoder(DecodingConfig(beam=2), "table", "packed")
+        self.setup = SearchSetup(DecodingConfig(beam=2), "table", "packed")
         self.model = Recogniser(self.loaded, torch.device("cpu"))
         monkeypatch.setattr(self.model, "settings", lambda **args: self.asked.append(args) or "settings")
-        monkeypatch.setattr(self.model, "decoder", lambda *args: self.asked.append(args) or self.decoder)
+        monkeypatch.setattr(self.model, "search_setup", lambda *args: self.asked.append(args) or self.setup)
         monkeypatch.setattr(transcription, "open_recording", self.open)
         monkeypatch.setattr(transcription, "segments", self.segments)
         monkeypatch.setattr(dataset, "decode_dataset", self.decode)
@@ -391,7 +391,7 @@ class Work:
             start += len(block) / 10
 
     def decode(self, model, data, vocabulary, config, *, nbest, **options):
-        assert (model, vocabulary, config) == ("model", self.loaded.vocabulary, self.decoder.config)
+        assert (model, vocabulary, config) == ("model", self.loaded.vocabulary, self.setup.config)
         self.log.append(f"decode {len(data)}")
         self.data.append((data, options))
         worse = beam.TokenHypothesis([90], -8.0, -4.0, [0], [-8.0], True)
@@ -545,7 +545,7 @@ def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(worksp
     ask(workspace, "--device", "cpu")
     model = calls[0]["model"]
     settings = model.loaded.config.decoding
-    assert model.settings() == settings and model.decoder(settings)[:2] == (settings, None)
+    assert model.settings() == settings and model.search_setup(settings)[:2] == (settings, None)
     path, table, calls = tmp_path / "text.arpa", torch.zeros(1, len(model.loaded.vocabulary)), []
     path.touch()
     weighted = replace(settings, ngram_weight=0.7)
@@ -553,7 +553,7 @@ def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(worksp
     monkeypatch.setattr(recogniser, "load_ngram_model", lambda *args: calls.append(args) or table)
     expected = replace(settings, beam=1, beam_threshold=0.0, ngram_weight=0.7)
     assert model.settings(beam=1, beam_threshold=0, lm=str(path)) == expected
-    config, ngram, _ = model.decoder(expected, str(path))
+    config, ngram, _ = model.search_setup(expected, str(path))
     assert config == expected and ngram is table
     assert calls == [(str(path), expected, model.loaded, torch.device("cpu"), "--lm ")]
 

@@ -114,7 +114,7 @@ def decode_words(model: Recogniser, options: argparse.Namespace, beam: int | Non
     """
     loaded = model.loaded
     data = scored_split(options, loaded)
-    results = model.decode_dataset(data, model.decoder(model.settings(beam=beam)), words=True)
+    results = model.decode_dataset(data, model.search_setup(model.settings(beam=beam)), words=True)
     values, right, utterance, disorder = [], [], [], 0
     for i, (best, *_) in enumerate(results):
         paired = {j for _, j in matches((data.texts[i] or "").split(), [word.text for word in best.words])}
