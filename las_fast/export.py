@@ -191,11 +191,17 @@ def check_companions(out: Path, loaded: Loaded) -> None:
         raise InputError(not_of_this_checkpoint(out, calibration_path_for(out), home))
 
 
-def check_no_other_lm(out: Path, checkpoint: Path) -> None:
-    """Raise InputError if the output would use a language model that the checkpoint does not have."""
-    other = lm_path_for(out)
-    if os.path.isfile(other) and not os.path.isfile(lm_path_for(checkpoint)):
-        raise InputError(not_of_this_checkpoint(out, other, lm_path_for(checkpoint)))
+def check_lm(out: Path, checkpoint: Path, ngram_weight: float) -> None:
+    """Raise InputError if the checkpoint has no language model for this weight above 0."""
+    own, other = lm_path_for(checkpoint), lm_path_for(out)
+    if os.path.isfile(own):
+        return
+    if os.path.isfile(other):
+        raise InputError(not_of_this_checkpoint(out, other, own))
+    raise InputError(
+        f"decoding.ngram_weight is {ngram_weight:g}, but there is no language model {own}; copy it there, or add "
+        "--decoding.ngram-weight 0"
+    )
 
 
 def not_of_this_checkpoint(out: Path, other: Path, home: Path | None) -> str:
@@ -221,7 +227,7 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
     from las_fast.search.confidence import calibration_path_for
 
     if settings.decoding.ngram_weight:
-        check_no_other_lm(out, loaded.path)
+        check_lm(out, loaded.path, settings.decoding.ngram_weight)
     config = check(replace(loaded.config, decoding=settings.decoding))
     weights = {name: to_float16(name, value) for name, value in loaded.model.state_dict().items()}
     save_model(out, weights, config, loaded.statistics, loaded.info)

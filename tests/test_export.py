@@ -1,5 +1,7 @@
 """Exported checkpoints: half the size, the same results, their own settings."""
 
+import re
+
 import pytest
 import torch
 from tiny_checkpoints import make_checkpoint
@@ -45,6 +47,17 @@ def test_a_language_model_of_another_model_beside_the_output_is_refused(tmp_path
     path = make_checkpoint(tmp_path)
     lm_path_for(tmp_path / "small.safetensors").write_bytes(b"counts")
     with pytest.raises(InputError, match=r"small.lm.safetensors is not of this checkpoint, but would be used"):
+        export_model(path, "--decoding.ngram-weight", "0.2")
+    assert not (tmp_path / "small.safetensors").exists()
+
+
+def test_a_weight_without_a_language_model_is_refused(tmp_path):
+    """Otherwise no command could decode with the file."""
+    path = make_checkpoint(tmp_path)
+    missing = re.escape(
+        f"ngram_weight is 0.2, but there is no language model {lm_path_for(path)}; copy it there, or add"
+    )
+    with pytest.raises(InputError, match=missing):
         export_model(path, "--decoding.ngram-weight", "0.2")
     assert not (tmp_path / "small.safetensors").exists()
 
