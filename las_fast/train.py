@@ -123,9 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     options, config = parse(argv)
     import torch
 
-    from las_fast.data.degrade import check_logmel
     from las_fast.data.layouts import open_corpus
-    from las_fast.files import write_text_atomically
     from las_fast.training.origin import write_start
     from las_fast.training.trainer import Trainer
 
@@ -136,10 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(threads)
     corpus, *extra = (open_corpus(root) for root in (options.data, *options.extra_data))
     print(f"data: {corpus.name}")
-    check_extra(corpus, extra)
-    config = check(fit_augment(fit_features(config, corpus, options.user_set), corpus, options.user_set))
-    check_logmel(config.augment, config.features, corpus.kind)
-    describe_warp(config, corpus.kind)
+    config = fit_settings(options, config, corpus, extra)
     init = load_init(options, config, corpus)
     train_data, dev_data = load_data(config, corpus, extra)
     source = {"kind": corpus.kind, "name": corpus.name}
@@ -149,13 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         check_run_folder(options.out, options.resume)  # again: another training may have ended since
         ensure_temporary_folder(options.out)
         trainer = Trainer(config, train_data, dev_data, options.out, device, source)
-        if options.resume:
-            trainer.resume()
-        elif init:
-            trainer.start_from(init)
-            inherit_lm(init, config, options.out)
-        write_text_atomically(options.out / CONFIG, to_yaml(config))
-        print_summary(trainer)
+        begin(trainer, options, init)
         if trainer.progress.step == trainer.steps and not trainer.validation_due:
             print("this training is complete; nothing is left to do")
         else:
@@ -163,6 +152,34 @@ def main(argv: list[str] | None = None) -> None:
             start = {"step": trainer.progress.step, "resumed": options.resume, "device": str(trainer.device)}
             write_start(options.out, arguments, **start)
             train(trainer, options, arguments)
+
+
+def fit_settings(options: argparse.Namespace, config: Config, corpus: Corpus, extra: list[Corpus]) -> Config:
+    """Return the settings, fitted to the data where the user has not set them.
+
+    Raises:
+        InputError: the settings, or the corpora of --extra-data, do not fit the data.
+    """
+    from las_fast.data.degrade import check_logmel
+
+    check_extra(corpus, extra)
+    config = check(fit_augment(fit_features(config, corpus, options.user_set), corpus, options.user_set))
+    check_logmel(config.augment, config.features, corpus.kind)
+    describe_warp(config, corpus.kind)
+    return config
+
+
+def begin(trainer: Trainer, options: argparse.Namespace, init: Loaded | None) -> None:
+    """Load the state of --resume or the weights of --init, write the settings, and print a summary."""
+    from las_fast.files import write_text_atomically
+
+    if options.resume:
+        trainer.resume()
+    elif init:
+        trainer.start_from(init)
+        inherit_lm(init, trainer.config, options.out)
+    write_text_atomically(options.out / CONFIG, to_yaml(trainer.config))
+    print_summary(trainer)
 
 
 def check_start(options: argparse.Namespace, config: Config) -> None:
