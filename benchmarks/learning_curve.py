@@ -13,7 +13,6 @@ squares on logarithms. The range of a prediction is that of the fits that leave 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ def measure(name: str, options: argparse.Namespace) -> list[tuple]:
     loaded = load_model(name)
     labels = (Path(name).name, corpus_label(options.data), f"{training_hours(loaded):.3g}")
     decoding = loaded.config.decoding
-    ways = {"greedy": replace(decoding.attention_only(), beam=1), "beam and CTC": decoding}
+    ways = {"greedy": decoding.greedy(), "beam and CTC": decoding}
     dataset = scored_split(options, loaded)
     ngram = load_ngram_model(None, decoding, loaded, "cpu")
     rows = []

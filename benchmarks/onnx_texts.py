@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 @torch.inference_mode()
 def compare(loaded: Loaded, dataset: SpeechDataset, model: Recogniser) -> tuple[list[str], float, dict[str, float]]:
     """Return the ids whose greedy texts differ, the largest difference of logits, and seconds per implementation."""
-    decoding = replace(loaded.config.decoding.attention_only(), beam=1)
+    decoding = loaded.config.decoding.greedy()
     different, distance, seconds = [], 0.0, {"las_fast": 0.0, "onnxruntime": 0.0}
     batches = sorted_batches(dataset.frame_counts, frames_per_batch=decoding.frames_per_batch, utterances_per_batch=128)
     for batch in make_loader(dataset, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0):

@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -239,10 +239,6 @@ def make_datasets(
     return [datasets[input_settings(loaded)] for loaded in checkpoints]
 
 
-def decodings(settings: DecodingConfig) -> dict[str, DecodingConfig]:
-    return {"greedy": replace(settings.attention_only(), beam=1), "best": settings}
-
-
 @dataclass(frozen=True)
 class Entry:
     """A checkpoint, and how it is decoded."""
@@ -264,7 +260,7 @@ def prepare(options: argparse.Namespace) -> list[Entry]:
     for name, label, loaded in zip(names, labels(names), load_checkpoints(names), strict=True):
         ways = {}
         base = with_default_weight(loaded, options.lm)
-        for way, decoding in decodings(base).items():
+        for way, decoding in (("greedy", base.greedy()), ("best", base)):
             if way in options.ways:
                 lm = options.lm if decoding.ngram_weight else None
                 ways[way] = (decoding, load_ngram_model(lm, decoding, loaded, "cpu"))

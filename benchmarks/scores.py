@@ -59,7 +59,7 @@ def decodings(base: DecodingConfig, beams: Sequence[int]) -> dict[str, DecodingC
     if base.ngram_weight:
         language = {"ngram_weight": base.ngram_weight, "length_reward": base.length_reward}
         kinds |= {f"{name}, language model": replace(kind, **language) for name, kind in kinds.items()}
-    settings = {"greedy": replace(base.attention_only(), beam=1)}
+    settings = {"greedy": base.greedy()}
     for name, kind in kinds.items():
         for beam in beams:
             numbered = name if len(beams) == 1 else name.replace("beam", f"beam {beam}")

@@ -60,11 +60,6 @@ def decode(loaded: Loaded, data: Utterances, decoding: DecodingConfig) -> list[s
     return [loaded.vocabulary.decode(best.text_tokens) for best, *_ in hypotheses]
 
 
-def decodings(settings: DecodingConfig) -> dict[str, DecodingConfig]:
-    """Return greedy search and the checkpoint's own settings, by name."""
-    return {"greedy": replace(settings.attention_only(), beam=1), "own settings": settings}
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.silence", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -94,7 +89,8 @@ def measure(
     config = loaded.config.features
     data = Utterances(list(frames), [u.id for u in utterances], durations, config, loaded.statistics)
     sources = sorted(set(map(source, utterances)))
-    for way, decoding in decodings(loaded.config.decoding).items():
+    own = loaded.config.decoding
+    for way, decoding in (("greedy", own.greedy()), ("own settings", own)):
         texts = decode(loaded, data, decoding)
         for part in ("all", *sources):
             members = [i for i, u in enumerate(utterances) if part in ("all", source(u))]

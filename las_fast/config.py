@@ -285,6 +285,10 @@ class DecodingConfig:
         """Return the settings for one search with the speller alone, without CTC and a language model."""
         return dataclasses.replace(self.one_view(), ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
 
+    def greedy(self) -> DecodingConfig:
+        """Return the settings of greedy search with the speller alone."""
+        return dataclasses.replace(self.attention_only(), beam=1)
+
     def one_view(self) -> DecodingConfig:
         """Return the settings for a single search, without other speeds and warps."""
         return dataclasses.replace(self, speeds=(1.0,), warps=(1.0,))
