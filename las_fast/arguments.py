@@ -123,7 +123,7 @@ def as_path(word: str) -> Path:
     if not word:
         raise argparse.ArgumentTypeError("the path is empty; give one")
     if re.match(URL, word):
-        raise argparse.ArgumentTypeError(f"{word} is a URL; download it, and give the path of the file")
+        raise argparse.ArgumentTypeError(f"{word} is a URL; give a path on this machine")
     try:
         return expand(word)
     except InputError as error:

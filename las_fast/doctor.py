@@ -219,7 +219,7 @@ def check_backends() -> Finding:
     state = ", ".join(f"{BACKEND_NAMES[name]} for {count}" for name, count in counts.most_common())
     reason = backends.unavailable("beam_topk", "triton") if device == "cuda" else None
     _, _, advice = (reason or "").partition(". ")
-    advice = advice[:1].lower() + advice[1:]
+    advice = "" if advice.startswith("Use backend") else advice[:1].lower() + advice[1:]
     return Finding(f"{state} of {len(backends.IMPLEMENTED)} ops; python -m las_fast.ops lists them", advice)
 
 

@@ -133,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     corpus, *extra = (open_corpus(root) for root in (options.data, *options.extra_data))
+    if corpus.named:
+        options.data = corpus.root  # for the advice at the end: the dev split is another one
     print(f"data: {corpus.name}")
     config = fit_settings(options, config, corpus, extra)
     init = load_init(options, config, corpus)

@@ -210,8 +210,8 @@ def test_the_beam_and_its_threshold_reach_the_search_of_both_kinds_of_pictures(
     workspace, archive, drawn, tmp_path, monkeypatch
 ):
     used = []
-    real = Recogniser.decoder
-    monkeypatch.setattr(Recogniser, "decoder", lambda model, config: used.append(config) or real(model, config))
+    real = Recogniser.search_setup
+    monkeypatch.setattr(Recogniser, "search_setup", lambda model, config: used.append(config) or real(model, config))
     monkeypatch.chdir(tmp_path)
     draw(workspace, "--beam", "2", "--beam-threshold", "0.5")
     found = open_corpus(archive[0]).utterances("dev-clean")[1]

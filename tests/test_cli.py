@@ -169,7 +169,7 @@ def test_run_prepares_memory_and_streams_passes_arguments_and_closes_bars(monkey
 
     def main(argv):
         order.append(argv)
-        progress.progress(3, "reading", "files")
+        progress.ProgressBar(3, "reading", "files")
         raise InputError("x is empty")
 
     with pytest.raises(SystemExit):

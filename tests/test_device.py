@@ -263,6 +263,22 @@ def test_the_time_to_start_a_part_counts(monkeypatch, tmp_path):
     assert ends == [1234.5]
 
 
+def test_a_part_ends_with_the_process_that_started_it():
+    part = "import time; from benchmarks.device.parts import end_with_parent; end_with_parent(); print(1, flush=True)"
+    command = f"""
+import os, subprocess, sys
+part = subprocess.Popen([sys.executable, "-c", "{part}; time.sleep(60)"], stdout=subprocess.PIPE)
+part.stdout.readline()
+print(part.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    status, deadline = Path(f"/proc/{int(done.stdout)}/stat"), time.monotonic() + 30
+    while status.exists() and ") Z " not in status.read_text():  # a zombie if nobody waits for it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_measurement_that_needs_cuda_is_skipped_elsewhere(rows):
     record, read = rows
     with record.attempt("graph"):

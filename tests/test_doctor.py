@@ -222,7 +222,10 @@ def test_gpus_are_listed_with_their_memory_and_triton_is_asked_for(monkeypatch):
     monkeypatch.setattr(backends, "is_installed", lambda name: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 6))
     monkeypatch.setattr(backends, "missing_for_triton", lambda: ("there is no C compiler", "Install gcc"))
+    monkeypatch.setattr(backends, "_triton_has_compiled", lambda: False)
     assert doctor.check_backends().advice == "install gcc"
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert doctor.check_backends().advice == ""
     backends._unmet_by_triton.cache_clear()
 
 

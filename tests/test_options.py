@@ -61,10 +61,9 @@ def test_every_command_names_missing_options(capsys, name):
         ("decode", ["--jsonl", "new/"], "--jsonl: new/ is a folder; give the name of a file to write"),
         ("lm", ["a", "--out", "new/"], "--out: new/ is a folder; give the name of a file to write"),
         ("train", ["--data", ""], "--data: the path is empty; give one"),
-        ("train", ["--data", "https://a.org/x"], "--data: https://a.org/x is a URL; download it, and give the path of "
-         "the file"),
-        ("transcribe", ["http://a.org/t.mp3?x=1"], "FILE: http://a.org/t.mp3?x=1 is a URL; download it, and give the "
-         "path of the file"),
+        ("train", ["--data", "https://a.org/x"], "--data: https://a.org/x is a URL; give a path on this machine"),
+        ("transcribe", ["http://a.org/t.mp3?x=1"], "FILE: http://a.org/t.mp3?x=1 is a URL; give a path on this "
+         "machine"),
         ("train", ["--out", ""], "--out: the path is empty; give one"),
         ("transcribe", ["a.wav", "--out", ""], "--out: the path is empty; give one"),
         ("train", ["--out", "new/a.pt"], "--out: new/a.pt has the suffix of a file; give a folder, or add a slash: "

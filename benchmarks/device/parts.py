@@ -73,7 +73,6 @@ def main(argv: list[str] | None = None) -> None:
     # The clock is that of the whole system, so importing torch counts.
     parser.add_argument("--end", type=float, required=True, help="time.monotonic() at which the part has to end")
     arguments = parser.parse_args(argv)
-    end_with_parent()
     options = Options(arguments.out, arguments.device, arguments.quick, arguments.commit, arguments.data)
     run_part(arguments.part, options, arguments.end)
 
@@ -102,4 +101,5 @@ def run_part(name: str, options: Options, end: float) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main()

@@ -60,9 +60,10 @@ class DeviceTimer:
             started = time.perf_counter()
             run()
             self.wait = min(max(MIN_WAIT, 2 * (time.perf_counter() - started)), MAX_WAIT)
-        times: list[float] = []
-        while len(times) < self.min_calls or (sum(times) < self.seconds * 1e6 and len(times) < self.max_calls):
+        times, spent = [], 0.0
+        while len(times) < self.min_calls or (spent < self.seconds and len(times) < self.max_calls):
             times.append(self.once(run))
+            spent += 1e-6 * times[-1] + self.wait
         return statistics.median(times)
 
     def once(self, run: Callable[[], object]) -> float:
@@ -70,7 +71,7 @@ class DeviceTimer:
             return 1e6 * seconds_of_call(run, self.device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()  # evict the inputs from the cache: the lower bound assumes that they are read from memory
-        # Meanwhile the host enqueues the call, whose launches are then not measured.
+        # Meanwhile the host enqueues the call: launches are not measured, up to MAX_WAIT of them.
         torch.cuda._sleep(round(self.wait * CLOCK))
         begin.record()
         run()

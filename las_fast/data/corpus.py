@@ -85,7 +85,8 @@ class Corpus:
     def choose(self, split: str | None, default: str = "dev") -> tuple[str, ...]:
         """Return the names of the splits that a command reads.
 
-        A path that names a split means that split alone: LibriSpeech/test-other, not both test splits.
+        A path that names a split means that split alone where `split` is None or a role: LibriSpeech/train-clean-100
+        with train is not all training splits.
 
         Args:
             split:   as for resolve; None: the split that the path names, or else `default`.

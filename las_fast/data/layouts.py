@@ -57,7 +57,8 @@ def _named_split(root: Path, corpus: Corpus) -> str:
     if path == above or not path.is_relative_to(above):
         return ""
     name = path.relative_to(above).parts[0]
-    return name if name in corpus.splits else ""
+    equal = [split for split in corpus.splits if split.casefold() == name.casefold()]
+    return name if name in equal else next(iter(equal), "")
 
 
 def _recognise(root: Path, *, strict: bool = False) -> dict[str, Callable[[], Corpus]]:

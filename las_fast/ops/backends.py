@@ -100,17 +100,24 @@ def _unmet_by_triton() -> str | None:
     """Return which need of Triton this machine does not meet, and what to do; None if it meets all."""
     if not is_installed("triton"):
         return "triton is not installed. Run: pip install triton"
-    for number in range(torch.cuda.device_count()):
-        if (capability := torch.cuda.get_device_capability(number)) < MIN_CAPABILITY:
-            needed, present = (f"{major}.{minor}" for major, minor in (MIN_CAPABILITY, capability))
-            return (
-                f"the Triton kernels need GPUs of compute capability {needed} or higher, and "
-                f"{torch.cuda.get_device_name(number)} has {present}. If there are newer ones, hide this by "
-                "CUDA_VISIBLE_DEVICES"
-            )
-    if missing := missing_for_triton():
+    capabilities = {torch.cuda.get_device_capability(i): i for i in range(torch.cuda.device_count())}
+    if capabilities and (best := max(capabilities)) < MIN_CAPABILITY:
+        needed, present = (f"{major}.{minor}" for major, minor in (MIN_CAPABILITY, best))
+        name = torch.cuda.get_device_name(capabilities[best])
+        return f"the Triton kernels need a GPU of compute capability {needed} or higher, and {name} has {present}"
+    if (missing := missing_for_triton()) and not _triton_has_compiled():
         return "Triton compiles code when a kernel is first launched, but {}. {}".format(*missing)
     return None
+
+
+def _triton_has_compiled() -> bool:
+    """Return whether the code that launches kernels is in Triton's cache, so that no compiler is needed."""
+    try:
+        from triton.runtime import driver
+
+        return driver.active.utils is not None
+    except Exception:  # of the compiler, of its absence, or of loading
+        return False
 
 
 def choose(

@@ -68,6 +68,11 @@ def bucket(batch: int, frames: int) -> tuple[int, int]:
     return 1 << max(batch - 1, 0).bit_length(), -(-frames // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
 
 
+def has_graphs() -> bool:
+    """Return whether any graph is kept."""
+    return any(_graphs.values())
+
+
 def clear_graphs() -> None:
     """Free the memory of all graphs."""
     with _lock:

@@ -326,7 +326,7 @@ def find_lm(lm: str | None, checkpoint: Path, option: str = "--lm ") -> Path | N
         path = lm_path_for(checkpoint)
         return path if os.path.isfile(path) else None
     if not lm:
-        raise InputError(f"{option}is empty; give a file or the name of a released model")
+        raise InputError(f"{option.rstrip(' =')} is empty; give a file or the name of a released model")
     if (path := expand(lm)).is_file():
         return path
     released = {path.name.removesuffix(".lm.safetensors"): path for path in RELEASED.glob("*.lm.safetensors")}

@@ -16,7 +16,7 @@ from las_fast.data.batch import Batch
 from las_fast.data.batch_plan import Curriculum
 from las_fast.errors import InputError, is_out_of_memory
 from las_fast.model.layers import BatchPart, running_part
-from las_fast.search.cuda_graph import clear_graphs
+from las_fast.search.cuda_graph import clear_graphs, has_graphs
 from las_fast.search.steps import PendingFlag
 from las_fast.training.losses import training_loss
 from las_fast.training.parts import Parts
@@ -91,20 +91,19 @@ class Learner:
         """Compute the gradients of a batch, in parts if it does not fit in memory; return its losses per token."""
         utterances, frames = batch.features.shape[:2]
         parts = self.parts.begin(utterances, frames)
-        freed = self.device.type != "cuda"  # whether nothing else can be freed
         while True:
             self.optimiser.zero_grad()
             try:
                 return self._accumulate(batch, self.parts.size(utterances))
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or (freed and parts >= utterances):
+                with_graphs = has_graphs()  # of the last validation; without them the whole batch may fit
+                if not is_out_of_memory(error) or (parts >= utterances and not with_graphs):
                     raise
-            if freed:
+            if not with_graphs:
                 parts = self.parts.halve(utterances, frames)  # outside `except`, where the error keeps tensors alive
-            if self.device.type == "cuda":  # the first time, the whole batch may fit once these are freed
-                clear_graphs()  # those of the last validation
+            clear_graphs()
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-                freed = True
 
     def _accumulate(self, batch: Batch, size: int) -> dict[str, Tensor]:
         """Add up the gradients of `size` utterances at a time; return the losses of the batch per token."""

@@ -511,6 +511,13 @@ def test_a_path_of_a_split_means_that_split_alone(tmp_path):
         other.choose("test")
 
 
+def test_the_folder_of_a_split_may_be_in_upper_case(tmp_path, long):
+    for name in ("Train", "Dev"):
+        (tmp_path / name).mkdir()
+        write_table(tmp_path / name / "metadata.csv", [{"file_name": "../long.wav", "transcription": name.upper()}])
+    assert open_corpus(tmp_path / "Train").named == "train" and open_corpus(tmp_path / "Dev").choose(None) == ("dev",)
+
+
 def test_of_splits_that_differ_only_in_case_the_first_is_taken(tmp_path, long):
     rows = [{"id": i, "path": "long.wav", "split": s} for i, s in enumerate(("Mine", "MINE"))]
     corpus = open_corpus(write_table(tmp_path / "m.tsv", rows))

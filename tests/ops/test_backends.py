@@ -43,6 +43,9 @@ def not_built(monkeypatch):
 def gpu(monkeypatch):
     monkeypatch.setattr(backends, "EXTENSION_PROBLEM", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 0))
+    monkeypatch.setattr(backends, "missing_for_triton", lambda: None)
 
 
 def test_without_the_extension_the_reference_runs_and_warns_once(not_built):
@@ -256,39 +259,44 @@ def test_triton_needs_an_nvidia_gpu_and_its_package(monkeypatch, cuda_available,
 
 
 @pytest.fixture
-def modern_gpus(monkeypatch):
-    """Two GPUs that Triton supports, with all that it needs."""
+def two_gpus(monkeypatch):
+    """Two GPUs, of which Triton supports one, with all else that it needs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(backends, "is_installed", lambda name: True)
     monkeypatch.setattr(backends, "missing_for_triton", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 0))[i])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("H200", "A100")[i])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((6, 1), (8, 0))[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("P40", "T4")[i])
 
 
-@pytest.mark.usefixtures("modern_gpus")
-def test_triton_needs_gpus_of_compute_capability_8(monkeypatch):
-    assert backends.unavailable("beam_topk", "triton") is None
+@pytest.mark.usefixtures("two_gpus")
+def test_triton_needs_a_gpu_of_compute_capability_8(monkeypatch):
+    assert backends.unavailable("beam_topk", "triton") is None  # one of them suffices
     backends._unmet_by_triton.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (7, 5))[i])
-    assert backends.unavailable("beam_topk", "triton") == (
-        "the Triton kernels need GPUs of compute capability 8.0 or higher, and A100 has 7.5. If there are newer ones, "
-        "hide this by CUDA_VISIBLE_DEVICES"
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((6, 1), (7, 5))[i])
+    message = "the Triton kernels need a GPU of compute capability 8.0 or higher, and T4 has 7.5"
+    assert backends.unavailable("beam_topk", "triton") == message
     monkeypatch.setattr(backends, "_warned", set())
-    with pytest.warns(RuntimeWarning, match="compute capability 8.0"):
+    with pytest.warns(RuntimeWarning, match=message):
         assert backends.choose("speller_unroll", "auto", CUDA) == "fused"
 
 
-@pytest.mark.usefixtures("modern_gpus")
-def test_triton_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_path):
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_triton_needs_a_compiler_unless_it_has_compiled_before(monkeypatch, compiled):
     monkeypatch.setattr(
         backends, "missing_for_triton", lambda: ("there is no C compiler (gcc or clang)", "Install gcc")
     )
-    assert backends.unavailable("beam_topk", "triton") == (
-        "Triton compiles code when a kernel is first launched, but there is no C compiler (gcc or clang). Install gcc"
-    )
+    monkeypatch.setattr(backends, "_triton_has_compiled", lambda: compiled)
+    expected = "Triton compiles code when a kernel is first launched, but there is no C compiler (gcc or clang). "
+    assert backends.unavailable("beam_topk", "triton") == (None if compiled else f"{expected}Install gcc")
+
+
+def test_without_a_driver_triton_has_not_compiled():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device, with a driver")
+    assert not backends._triton_has_compiled()
 
 
 def test_triton_kernels_refuse_sizes_beyond_their_limits():

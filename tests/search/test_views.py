@@ -142,7 +142,7 @@ def test_a_grid_and_tuning_decode_as_decode_does(workspace, capsys):
     settings = [model.settings(), replace(model.settings(), speeds=(0.8,)), replace(model.settings(), warps=(1.0,))]
     texts = decode_grid(model.loaded, data, settings, None, "cpu")
     for point, actual in zip(settings, texts, strict=True):
-        results = model.decode_dataset(data, model.decoder(point), progress=False)
+        results = model.decode_dataset(data, model.search_setup(point), progress=False)
         assert actual == [model.loaded.vocabulary.decode(best.text_tokens) for best, *_ in results]
     out = workspace / "table.csv"
     checkpoint = ["--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"]

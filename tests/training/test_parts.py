@@ -9,7 +9,7 @@ from tiny_corpora import make_archive
 
 from las_fast.config import TeacherForcingStage, TrainingConfig
 from las_fast.errors import InputError
-from las_fast.training import step
+from las_fast.search import cuda_graph
 from las_fast.training.parts import Parts
 
 
@@ -100,10 +100,10 @@ def test_an_utterance_that_does_not_fit_alone_ends_the_training(trainer, monkeyp
 
 
 @pytest.mark.parametrize(("failures", "sizes"), [(1, [5, 5]), (2, [5, 5, 3, 2])])
-def test_on_cuda_the_whole_batch_is_tried_again_once_the_graphs_are_freed(
+def test_the_whole_batch_is_tried_again_without_the_graphs_of_the_validation(
     trainer, monkeypatch, capsys, failures, sizes
 ):
-    batch, losses, tried, freed = first_batch(trainer), trainer._loss, [], []
+    batch, losses, tried = first_batch(trainer), trainer._loss, []
 
     def failing(batch):
         tried.append(len(batch.indices))
@@ -112,18 +112,15 @@ def test_on_cuda_the_whole_batch_is_tried_again_once_the_graphs_are_freed(
         return losses(batch)
 
     monkeypatch.setattr(trainer, "_loss", failing)
-    monkeypatch.setattr(trainer, "device", torch.device("cuda"))
-    monkeypatch.setattr(step, "clear_graphs", lambda: freed.append("graphs"))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("memory"))
+    monkeypatch.setitem(cuda_graph._graphs, trainer.model, {"sizes": "a graph"})
     trainer._gradients(batch)
-    assert tried == sizes and freed == ["graphs", "memory"] * failures
+    assert tried == sizes and not cuda_graph.has_graphs()
     assert ("run in parts" in capsys.readouterr().err) == (failures == 2)
 
 
-def test_on_cuda_a_single_utterance_is_tried_again_too(trainer, monkeypatch):
+def test_a_single_utterance_is_tried_again_without_them_too(trainer, monkeypatch):
     batch, tried = first_batch(trainer).rows(0, 1), fail_above(trainer, monkeypatch, 0)
-    monkeypatch.setattr(trainer, "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setitem(cuda_graph._graphs, trainer.model, {"sizes": "a graph"})
     with pytest.raises(MemoryError):
         trainer._gradients(batch)
     assert tried == [1, 1]
