@@ -20,6 +20,7 @@ from tiny_corpora import make_archive
 from las_fast import train
 from las_fast.config import Config, DataConfig, to_yaml
 from las_fast.data import dataset, overlap
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError, Stopped
 from las_fast.files import lock_folder
 from las_fast.training.step import Diverged
@@ -274,6 +275,15 @@ def began(monkeypatch):
 
 def command(archive, out, *more):
     return ["--config", "tiny", "--data", str(archive), "--out", str(out), "--device", "cpu", *more]
+
+
+@pytest.mark.parametrize("inside", ["", "train-clean-100"])
+def test_the_command_that_decodes_dev_names_the_folder_that_has_it(archive, tmp_path, monkeypatch, inside):
+    """Not the training split, if --data names it."""
+    given = []
+    monkeypatch.setattr(train, "train", lambda trainer, options, argv: given.append(options.data))
+    train.main(command(archive / inside, tmp_path))
+    assert given == [archive] and open_corpus(given[0]).choose("dev") == ("dev-clean",)
 
 
 def test_the_command_prints_its_data_and_saves_its_settings(archive, tmp_path, capsys, monkeypatch, began):
