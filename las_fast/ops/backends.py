@@ -95,6 +95,11 @@ def _triton_problem() -> str | None:
     return _unmet_by_triton()
 
 
+# torch.compile calls it instead of tracing it. torch.compiler.assume_constant_result does the same, but imports
+# torch._dynamo, which takes a second.
+_triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @cache  # `choose` asks at each call
 def _unmet_by_triton() -> str | None:
     """Return which need of Triton this machine does not meet, and what to do; None if it meets all."""

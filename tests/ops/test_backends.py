@@ -1,4 +1,5 @@
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -291,6 +292,21 @@ def test_triton_needs_a_compiler_unless_it_has_compiled_before(monkeypatch, comp
     monkeypatch.setattr(backends, "_triton_has_compiled", lambda: compiled)
     expected = "Triton compiles code when a kernel is first launched, but there is no C compiler (gcc or clang). "
     assert backends.unavailable("beam_topk", "triton") == (None if compiled else f"{expected}Install gcc")
+
+
+def test_torch_compile_asks_for_the_needs_of_triton_without_tracing_the_questions(monkeypatch):
+    def capability(number):
+        os.stat("/")  # cannot be traced, as the real question cannot
+        return 9, 0
+
+    cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1, get_device_capability=capability)
+    monkeypatch.setattr(backends, "torch", SimpleNamespace(cuda=cuda, version=SimpleNamespace(hip=None)))
+    monkeypatch.setattr(backends, "missing_for_triton", lambda: None)
+
+    def compiled(x):
+        return x + (1 if backends.unavailable("beam_topk", "triton") else 2)
+
+    assert torch.compile(compiled, backend="eager", fullgraph=True)(torch.zeros(1)) == 2
 
 
 def test_without_a_driver_triton_has_not_compiled():
