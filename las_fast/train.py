@@ -115,7 +115,7 @@ def shown_settings(options: argparse.Namespace) -> Config:
     """Return the settings whose values --help shows: those of --config, or the defaults without it."""
     if options.config is None:
         return Config()
-    return starting_settings(options) if options.init is not None else load_config(options.config)
+    return load_config(options.config) if options.init is None else starting_settings(options)
 
 
 def main(argv: list[str] | None = None) -> None:

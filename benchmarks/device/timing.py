@@ -60,10 +60,10 @@ class DeviceTimer:
             started = time.perf_counter()
             run()
             self.wait = min(max(MIN_WAIT, 2 * (time.perf_counter() - started)), MAX_WAIT)
-        times, spent = [], 0.0
-        while len(times) < self.min_calls or (spent < self.seconds and len(times) < self.max_calls):
+        times: list[float] = []
+        end = time.perf_counter() + self.seconds
+        while len(times) < self.min_calls or (time.perf_counter() < end and len(times) < self.max_calls):
             times.append(self.once(run))
-            spent += 1e-6 * times[-1] + self.wait
         return statistics.median(times)
 
     def once(self, run: Callable[[], object]) -> float:

@@ -50,8 +50,9 @@ def measure_by_folds(options: argparse.Namespace) -> None:
     """Print the quality of a fit to the split by cross-validation, and record it with --record."""
     loaded = load_model(options.checkpoint)
     prior = load_prior(options.prior) if options.prior else None
+    known = known_words(options, loaded.vocabulary.characters)
     for name, beam in (("beam", None), ("greedy", 1)):
-        features, words = collect_features(loaded, known_words(options, loaded.vocabulary.characters), options, beam)
+        features, words = collect_features(loaded, known, options, beam)
         if len(np.unique(words.utterance)) < FOLDS:
             raise InputError(f"cross needs at least {FOLDS} utterances with words; give another --split")
         start, right = getattr(prior, name, None), words.right
