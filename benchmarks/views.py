@@ -1,11 +1,11 @@
 """Measure CER and time of decoding in several views, that is at several speeds and with warped frequency axes.
 
     python -m benchmarks.views --checkpoint RUN|NAME --data ROOT [--by source] [--record]
-        [--speeds 1 --warps 1] [--speeds 0.85 1 --warps 1] ...
+        [--views "1 / 1 / 0"] [--views "1 0.85 1 / 1 1 1.06 / 0.5"] ...
 
-Each --speeds, with the --warps after it, is a row; the first row should be the plain search. The other settings are the
-checkpoint's. All rows decode a part of the utterances in turn, on one thread, and the time is the CPU time of decoding
-with the features at hand, as a multiple of the first row's.
+Each --views is a row, with the speeds, the warps and the view threshold, as in las_fast.decode; the first row should be
+the plain search. The other settings are the checkpoint's. All rows decode a part of the utterances in turn, on one
+thread, and the time is the CPU time of decoding with the features at hand, as a multiple of the first row's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,34 +27,27 @@ from las_fast.cli import run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.layouts import open_corpus
-from las_fast.errors import InputError
 from las_fast.output.metrics import score
 from las_fast.progress import ProgressBar
 from las_fast.recogniser import Recogniser, SearchSetup
 from las_fast.search.views import views_of
 
 FILE = RESULTS / "views.csv"
-COLUMNS = (*CONTEXT, "checkpoint", "split", "part", "beam", "speeds", "warps", "utterances", "cer", "cpu_seconds")
-SPEEDS_AND_WARPS = (
-    ((1.0,), (1.0,)),
-    ((0.85, 1.0), (1.0,)),
-    ((0.85, 0.9, 1.0), (1.0,)),
-    ((0.9, 1.0), (1.0, 1.06)),
-)
+SETTINGS = ("speeds", "warps", "view_threshold")
+COLUMNS = (*CONTEXT, "checkpoint", "split", "part", "beam", *SETTINGS, "utterances", "cer", "cpu_seconds")
+ROWS = ("1 / 1 / 0", "1 0.85 1 / 1 1 1.06 / 0.55", "1 0.85 1 / 1 1 1.06 / 0.45", "1 0.85 1 / 1 1 1.06 / 0")
 CHUNKS = 8  # parts of the utterances that are decoded in turn
 
 
-def pairs_of(speeds: Sequence[list[float]], warps: Sequence[list[float]]) -> list[tuple]:
-    """Return the speeds and the warps of each row; SPEEDS_AND_WARPS if there are none.
-
-    Raises:
-        InputError: there are more of --speeds than of --warps, or the reverse.
-    """
-    if not speeds and not warps:
-        return [*SPEEDS_AND_WARPS]
-    if len(speeds) != len(warps):
-        raise InputError(f"each --speeds needs its --warps; got {len(speeds)} and {len(warps)}")
-    return [(tuple(s), tuple(w)) for s, w in zip(speeds, warps, strict=True)]
+def as_views(words: str) -> dict[str, Any]:
+    """Convert a --views to decoding settings."""
+    try:
+        speeds, warps, (threshold,) = (tuple(map(float, part.split())) for part in words.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{words!r} must be speeds, warps and a threshold, such as {ROWS[1]!r}"
+        ) from None
+    return {"speeds": speeds, "warps": warps, "view_threshold": threshold}
 
 
 def measure(
@@ -85,21 +79,22 @@ def rows_of(
     rows = []
     for config, found, cpu in zip(settings, texts, seconds, strict=True):
         speeds, warps = (" ".join(f"{x:g}" for x in values) for values in (config.speeds, config.warps))
+        views = (speeds, warps, f"{config.view_threshold:g}")
         for part, members in groups.items():
             cer = score([dataset.texts[i] for i in members], [found[i] for i in members]).cer
             rows.append(
-                (part, config.beam, speeds, warps, len(members), round(cer, 2), round(cpu, 3) if part == "all" else "")
+                (part, config.beam, *views, len(members), round(cer, 2), round(cpu, 3) if part == "all" else "")
             )
     return rows
 
 
 def markdown(rows: Sequence[tuple], groups: Sequence[str]) -> str:
     """Return a Markdown table with a line per setting, a column of CER per part, and the time."""
-    lines = ["| speeds | warps | " + " | ".join(f"{part}, CER, %" for part in groups) + " | time |"]
-    lines.append("|---" * (len(groups) + 3) + "|")
+    lines = ["| speeds | warps | view threshold | " + " | ".join(f"{part}, CER, %" for part in groups) + " | time |"]
+    lines.append("|---" * (len(groups) + 4) + "|")
     for start in range(0, len(rows), len(groups)):
         some = rows[start : start + len(groups)]
-        cells = [*some[0][2:4], *(f"{row[5]:.2f}" for row in some), f"{some[0][6] / max(rows[0][6], 1e-3):.2f}x"]
+        cells = [*some[0][2:5], *(f"{row[6]:.2f}" for row in some), f"{some[0][7] / max(rows[0][7], 1e-3):.2f}x"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -109,16 +104,13 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_split_options(parser, FILE, on_bad=True)
     parser.add_argument("--by", default="", help="manifest column to divide the split by")
-    for name in ("--speeds", "--warps"):
-        parser.add_argument(name, type=float, nargs="+", action="append", default=[], metavar="X", help="of a row")
+    parser.add_argument("--views", type=as_views, action="append", metavar="ROW", help="speeds / warps / threshold")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     loaded = load_model(options.checkpoint)
     base = loaded.config.decoding
-    settings = [
-        check_decoding(loaded.config, replace(base, speeds=speeds, warps=warps))
-        for speeds, warps in pairs_of(options.speeds, options.warps)
-    ]
+    rows_asked = options.views or [as_views(row) for row in ROWS]
+    settings = [check_decoding(loaded.config, replace(base, **views)) for views in rows_asked]
     dataset = scored_split(options, loaded)
     corpus = open_corpus(options.data)
     groups = parts(dataset.ids, corpus.root, corpus.choose(options.split), options.by)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from las_fast.config import MAX_BEAM, VADS, DecodingConfig
 from las_fast.errors import InputError
 
-VIEW_OPTIONS = ("speeds", "warps")
+VIEW_OPTIONS = ("speeds", "warps", "view_threshold")
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -53,23 +53,27 @@ def add_beam_options(parser: argparse.ArgumentParser, *, beam: int | None = None
 
 
 def add_view_options(parser: argparse.ArgumentParser) -> None:
-    """Add --speeds and --warps, by default None."""
+    """Add --speeds, --warps and --view-threshold, by default None."""
     add = parser.add_argument
     add("--speeds", type=as_factor, nargs="+", metavar="X",
-        help="speeds at which each utterance is decoded, 0.5 to 2 (2: twice as fast), each with each of the --warps; "
-        "the text with the highest score is kept (default: the checkpoint's)")  # fmt: skip
+        help="speeds at which each utterance is decoded, 0.5 to 2 (2: twice as fast); the text with the highest score "
+        "is kept (default: the checkpoint's)")  # fmt: skip
     add("--warps", type=as_factor, nargs="+", metavar="X",
-        help="factors on the frequencies, 0.5 to 1.5 (1: unchanged); see --speeds "
-        "(default: the checkpoint's)")  # fmt: skip
+        help="factor on the frequencies at each of the --speeds, 0.5 to 1.5 (1: unchanged); a single speed or warp is "
+        "for all (default: the checkpoint's)")  # fmt: skip
+    add("--view-threshold", type=float, metavar="X",
+        help="decode an utterance at no further speed if its score is at least -X nats per character; 0: at every "
+        "speed (default: the checkpoint's)")  # fmt: skip
 
 
 def check_view_options(options: argparse.Namespace) -> None:
-    """Raise InputError if a value of --speeds or --warps is out of range."""
+    """Raise InputError if a value of --speeds, --warps or --view-threshold is out of range."""
     fields = {field.name: field for field in dataclasses.fields(DecodingConfig)}
     for name in VIEW_OPTIONS:
-        for value in getattr(options, name) or ():
+        values = getattr(options, name)
+        for value in [] if values is None else values if isinstance(values, list) else [values]:
             if bound := fields[name].metadata["bounds"].violated(value):
-                raise InputError(f"--{name} must be {bound}; got {value:g}")
+                raise InputError(f"--{name.replace('_', '-')} must be {bound}; got {value:g}")
 
 
 def as_factor(word: str) -> float:

@@ -274,9 +274,12 @@ class DecodingConfig:
     length_reward: float = number(0.0, at_least=-1e6, at_most=1e6)
     # each utterance is decoded at each of these speeds (2: twice as fast); the text with the highest score is kept
     speeds: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=2)
-    # factors on the frequencies, each combined with each speed. If one is not 1, features.kind, sample_rate, mel_bins
-    # and lifter must be those of an archive's features
+    # factor on the frequencies at each speed; a single speed or warp is for all. If one is not 1, features.kind,
+    # sample_rate, mel_bins and lifter must be those of an archive's features
     warps: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=1.5)
+    # an utterance is not decoded at further speeds and warps if its score is at least -view_threshold nats per token;
+    # 0: it always is
+    view_threshold: float = number(0.0)
     frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
     # dtype of matmuls; int8 is for the speller on a CPU and implies bf16 for the listener; auto: fp32
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
@@ -384,7 +387,7 @@ def check(config: Config) -> Config:
     for name, value, bounds in _numbers(config):
         if bound := bounds.violated(value):
             raise InputError(f"settings: {name} must be {bound}; got {value}")
-    _require([*_model_rules(config), *_feature_rules(config), *_training_rules(config)])
+    _require([*_model_rules(config), *_feature_rules(config), *_training_rules(config), *_view_rules(config.decoding)])
     return config
 
 
@@ -422,6 +425,18 @@ def _model_rules(config: Config) -> list[Rule]:
     ]
 
 
+def _view_rules(decoding: DecodingConfig) -> list[Rule]:
+    counts = len(decoding.speeds), len(decoding.warps)
+    return [
+        (min(counts) > 0, "decoding.speeds and decoding.warps need a value each; 1 means unchanged"),
+        (
+            counts[0] == counts[1] or 1 in counts,
+            f"decoding.speeds and decoding.warps need as many values, or one of them a single value; got {counts[0]} "
+            f"and {counts[1]}",
+        ),
+    ]
+
+
 def _feature_rules(config: Config) -> list[Rule]:
     features, augment = config.features, config.augment
     can_warp = features.kind == "logmel" or features.size <= features.mel_bins
@@ -437,10 +452,6 @@ def _feature_rules(config: Config) -> list[Rule]:
         ),
         (not augment.warp or can_warp, f"augment.warp needs {enough_bins}"),
         (set(config.decoding.warps) <= {1.0} or can_warp, f"decoding.warps need {enough_bins}"),
-        (
-            bool(config.decoding.speeds and config.decoding.warps),
-            "decoding.speeds and decoding.warps need a value each; 1 means unchanged",
-        ),
         (
             augment.snr_low <= augment.snr_high,
             f"augment.snr_low must be at most augment.snr_high; got {augment.snr_low:g} and {augment.snr_high:g} dB",

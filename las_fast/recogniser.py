@@ -53,6 +53,7 @@ class DecodingOptions(TypedDict, total=False):
     beam_threshold: float | None
     speeds: Sequence[float] | None
     warps: Sequence[float] | None
+    view_threshold: float | None
     lm: LanguageModel
 
 
@@ -128,6 +129,7 @@ class Recogniser:
         beam_threshold: float | None = None,
         speeds: Sequence[float] | None = None,
         warps: Sequence[float] | None = None,
+        view_threshold: float | None = None,
         lm: LanguageModel = None,
         nbest: int = 1,
         min_speech_score: float = MIN_SPEECH_SCORE,
@@ -145,10 +147,12 @@ class Recogniser:
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
             beam_threshold:   hypotheses more than this many nats below the best one are dropped; 0: none is; by default
                               that of the checkpoint's settings.
-            speeds, warps:    each segment is decoded at each of these speeds (0.5 to 2; 2: twice as fast) with each of
-                              these factors on its frequencies (0.5 to 1.5), and the text with the highest score is
-                              kept; by default those of the checkpoint's settings. (1,) and (1,) decode it once, as it
-                              is.
+            speeds, warps:    each segment is decoded at each of these speeds (0.5 to 2; 2: twice as fast), with the
+                              factor on its frequencies (0.5 to 1.5) at the same place, and the text with the highest
+                              score is kept; a single speed or warp is for all. By default those of the checkpoint's
+                              settings. (1,) and (1,) decode it once, as it is.
+            view_threshold:   a segment is decoded at no further speed if its score is at least -view_threshold nats per
+                              token; 0: at every speed; by default that of the checkpoint's settings.
             lm:               file of a language model, or name of a released one; its weight is that of the settings;
                               0.1 if they have none, or one for a model made with --subtract and this one was not.
                               None: the checkpoint's language model, if its settings have a weight; False: none.
@@ -169,6 +173,7 @@ class Recogniser:
             beam_threshold=beam_threshold,
             speeds=speeds,
             warps=warps,
+            view_threshold=view_threshold,
             lm=lm,
             nbest=nbest,
             min_speech_score=min_speech_score,
@@ -192,7 +197,7 @@ class Recogniser:
         Segments of several recordings are decoded in one batch, which is faster than calling `transcribe` for each.
 
         Args:
-            recordings:   each as in `transcribe`, which also has beam, beam_threshold, speeds, warps, lm, nbest,
+            recordings:   each as in `transcribe`, which also has the options of DecodingOptions, nbest,
                           min_speech_score and vad.
             sample_rate:  of the arrays, in Hz. With it, all recordings are arrays; without it, paths or file objects.
             skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising; default False.
@@ -243,7 +248,7 @@ class Recogniser:
             features: array or tensor (T, F) of feature frames before normalisation and deltas, F as in training; or a
                       list of them.
             nbest:    maximum hypotheses returned per utterance, as in `transcribe`.
-            options:  beam, beam_threshold, speeds, warps and lm, as in `transcribe`.
+            options:  those of DecodingOptions, as in `transcribe`.
 
         Returns:
             Hypotheses, best first; for a list of utterances, a list of these.
@@ -341,6 +346,7 @@ class Recogniser:
         beam_threshold: float | None = None,
         speeds: Sequence[float] | None = None,
         warps: Sequence[float] | None = None,
+        view_threshold: float | None = None,
         lm: LanguageModel = None,
     ) -> DecodingConfig:
         """Return the decoding settings of the checkpoint, with those replaced that are given.
@@ -352,8 +358,9 @@ class Recogniser:
         """
         if beam is not None and (isinstance(beam, bool) or not isinstance(beam, (int, np.integer))):
             raise InputError(f"beam must be a whole number; got {beam!r}")
-        if beam_threshold is not None:
-            check_number("beam_threshold", beam_threshold, minimum=0)
+        for name, threshold in (("beam_threshold", beam_threshold), ("view_threshold", view_threshold)):
+            if threshold is not None:
+                check_number(name, threshold, minimum=0)
         if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
             raise InputError(f"lm must be a path, the name of a released model, None or False; got {type_name(lm)}")
         decoding = self.loaded.config.decoding
@@ -366,6 +373,8 @@ class Recogniser:
             decoding = replace(decoding, speeds=as_numbers("speeds", speeds))
         if warps is not None:
             decoding = replace(decoding, warps=as_numbers("warps", warps))
+        if view_threshold is not None:
+            decoding = replace(decoding, view_threshold=float(view_threshold))
         return check_decoding(self.loaded.config, decoding)
 
     def search_setup(self, decoding: DecodingConfig, lm: LanguageModel = None) -> SearchSetup:

@@ -664,19 +664,24 @@ def test_views_are_measured_as_decode_scores_them(tmp_path, monkeypatch, capsys)
     make_manifest(tmp_path / "data", utterances=5)
     path = str(make_checkpoint(tmp_path, 20, mel_bins=23, sections={"decoding": DecodingConfig(beam=2)}))
     data = ["--checkpoint", path, "--data", str(tmp_path / "data")]
-    rows = ["--speeds", "1", "--warps", "1", "--speeds", "0.8", "1.2", "--warps", "1", "1.1"]
+    rows = ["--views", "1 / 1 / 0", "--views", "0.8 1.2/1 1.1/2.9"]
     views.main([*data, *rows, "--by", "source", "--record"])
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "| speeds | warps | all, CER, % | made, CER, % | time |" and out[2].endswith(" | 1.00x |")
+    assert out[0] == "| speeds | warps | view threshold | all, CER, % | made, CER, % | time |" and out[2].endswith(
+        " | 1.00x |"
+    )
     recorded = read_rows(tmp_path / "views.csv")
-    keys = [(row["speeds"], row["warps"], row["part"], row["utterances"]) for row in recorded]
-    assert keys == [(s, w, part, "5") for s, w in (("1", "1"), ("0.8 1.2", "1 1.1")) for part in ("all", "made")]
+    keys = [tuple(row[name] for name in (*views.SETTINGS, "part", "utterances")) for row in recorded]
+    expected = [("1", "1", "0"), ("0.8 1.2", "1 1.1", "2.9")]
+    assert keys == [(*setting, part, "5") for setting in expected for part in ("all", "made")]
     for row in recorded[::2]:
-        options = ["--decoding.speeds", *row["speeds"].split(), "--decoding.warps", *row["warps"].split()]
+        options = [word for name in views.SETTINGS for word in (f"--{name.replace('_', '-')}", *row[name].split())]
         decode.main([*data, "--split", "dev", "--out", str(tmp_path / "out.csv"), *options])
         assert float(row["cer"]) == pytest.approx(json.loads(capsys.readouterr().out.splitlines()[-1])["cer"], abs=0.01)
-    with pytest.raises(InputError, match="each --speeds needs its --warps; got 2 and 1"):
-        views.main([*data, *rows[:-3]])
+    for wrong in ("1 / 1", "1 / 1 /", "1 / 1 / 0 1", "a / 1 / 0"):
+        with pytest.raises(SystemExit):
+            views.main([*data, "--views", wrong])
+        assert f"{wrong!r} must be speeds, warps and a threshold, such as" in capsys.readouterr().err
 
 
 def test_scores_by_a_missing_column_are_an_error(tmp_path):

@@ -220,6 +220,7 @@ TABLE = {
     "decoding.length_reward": (0.0, -1_000_000, 1_000_000),
     "decoding.speeds": ((1.0,), 0.5, 2),
     "decoding.warps": ((1.0,), 0.5, 1.5),
+    "decoding.view_threshold": (0.0, 0, 1_000_000_000),
     "decoding.frames_per_batch": (30_000, 1, 10_000_000),
     "decoding.precision": "auto",
 }

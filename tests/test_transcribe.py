@@ -486,11 +486,12 @@ def test_progress_has_the_total_length_of_all_recordings(workspace, monkeypatch)
 def test_beam_views_and_language_model_reach_the_search(monkeypatch):
     work = Work(monkeypatch, {"a": [1.0]})
     work.run()
-    work.run("--beam", "7", "--beam-threshold", "2.5", "--speeds", "0.8", "1", "--warps", "1.1", "--lm", "text.arpa")
-    names = ("beam", "beam_threshold", "speeds", "warps", "lm")
+    views = ["--speeds", "0.8", "1", "--warps", "1.1", "--view-threshold", "0.4"]
+    work.run("--beam", "7", "--beam-threshold", "2.5", *views, "--lm", "text.arpa")
+    names = ("beam", "beam_threshold", "speeds", "warps", "view_threshold", "lm")
     calls = (
         dict.fromkeys(names),
-        dict(zip(names, (7, 2.5, [0.8, 1.0], [1.1], "text.arpa"), strict=True)),
+        dict(zip(names, (7, 2.5, [0.8, 1.0], [1.1], 0.4, "text.arpa"), strict=True)),
     )
     assert work.asked == [calls[0], ("settings", None), calls[1], ("settings", "text.arpa")]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from las_fast.progress import ProgressBar
 from las_fast.search.beam import TokenHypothesis, beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import clear_graphs
 from las_fast.search.native import LOW_PRECISIONS
-from las_fast.search.views import View, keep_better, viewed, views_of
+from las_fast.search.views import View, is_sure, keep_better, viewed, views_of
 from las_fast.search.words import WordFinder
 from las_fast.text import PAD, Vocabulary
 
@@ -88,8 +88,8 @@ def decode_dataset(
 ) -> list[list[TokenHypothesis]]:
     """Run beam_search on every utterance.
 
-    With several config.speeds or config.warps, each utterance is decoded in every view (las_fast/search/views.py), and
-    the hypotheses of the view with the highest score are kept; their frames and times are those of the utterance.
+    With several config.speeds or config.warps, each utterance is decoded in several views (las_fast/search/views.py),
+    and the hypotheses of the view with the highest score are kept; their frames and times are those of the utterance.
 
     Utterances are batched by length, up to config.frames_per_batch padded frames. A batch that does not fit in memory
     is halved and tried again, and later batches of that size are halved at once.
@@ -126,15 +126,21 @@ def decode_dataset(
         **options,
     )
     results: list[list[TokenHypothesis]] = [[] for _ in range(len(dataset))]
+    waiting = dict.fromkeys(range(len(dataset)))
     with ProgressBar(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
-        for view, indices, decoded in decode_batches(decode, dataset, views, vocabulary, config, device=device):
+        batches = decode_batches(decode, dataset, views, vocabulary, config, waiting=waiting, device=device)
+        for view, indices, decoded in batches:
             for i, hypotheses in zip(indices.tolist(), decoded, strict=True):
                 frames = int(dataset.frame_counts[i])
                 counts = {"frames": frames, "view_frames": int(frame_counts_at_speed(frames, view.speed))}
                 results[i] = keep_better(results[i], hypotheses, **counts, reduction=model.time_reduction)
-                if view == views[-1]:
+                if is_sure(results[i][0], config):
+                    del waiting[i]
+                if i not in waiting or view == views[-1]:
                     check_finite(results[i][0].score, dataset.ids[i])
-            bar.update(float(dataset.seconds[indices.numpy()].sum()) / len(views))
+            left = len(views) - views.index(view)  # views that are done for an utterance that is sure
+            done = [dataset.seconds[i] * (1 if i in waiting else left) for i in indices.tolist()]
+            bar.update(float(sum(done)) / len(views))
     return results
 
 
@@ -145,12 +151,14 @@ def decode_batches(
     vocabulary: Vocabulary,
     config: DecodingConfig,
     *,
+    waiting: Collection[int] | None = None,
     device: str | torch.device,
 ) -> Iterator[tuple[View, Tensor, Result]]:
-    """Decode all utterances of a dataset in each view, in batches, longest first.
+    """Decode utterances of a dataset in each view, in batches, longest first.
 
     A batch that does not fit in memory is halved and tried again, and later batches of that size are halved at once.
-    device: of the model; for CUDA, batches are put into pinned memory.
+    waiting: indices of the utterances to decode, read at the start of each view; None: all.
+    device:  of the model; for CUDA, batches are put into pinned memory.
 
     Yields:
         The view, the indices of the utterances, and decode(batch, view).
@@ -161,24 +169,38 @@ def decode_batches(
     failed_size = math.inf  # padded frames of the smallest batch that did not fit
     pin = torch.device(device).type == "cuda"
     for view in views:
-        for batch in batches_to_decode(viewed(dataset, view), vocabulary, config, pin=pin):
-            waiting = [batch]
-            while waiting:
-                part = waiting.pop()
+        for batch in batches_to_decode(viewed(dataset, view), vocabulary, config, indices=waiting, pin=pin):
+            parts = [batch]
+            while parts:
+                part = parts.pop()
                 rows, frames = part.features.shape[:2]
                 # One utterance of a slow view can be larger than a batch that failed in an earlier view.
                 if (rows * frames < failed_size or rows == 1) and (decoded := _try_decode(decode, part, view)):
                     yield view, part.indices, decoded[0]  # not the batch, which would stay in memory beside the next
                 else:
                     failed_size = min(failed_size, rows * frames)
-                    waiting += _split_in_half(part, dataset)
+                    parts += _split_in_half(part, dataset)
 
 
-def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig, *, pin: bool = False) -> Iterable[Batch]:
-    """Return batches of similar lengths, longest utterances first, without transcripts."""
-    batches = sorted_batches(
-        dataset.frame_counts, frames_per_batch=config.frames_per_batch, utterances_per_batch=MAX_UTTERANCES_PER_BATCH
+def batches_to_decode(
+    dataset,
+    vocabulary: Vocabulary,
+    config: DecodingConfig,
+    *,
+    indices: Collection[int] | None = None,
+    pin: bool = False,
+) -> Iterable[Batch]:
+    """Return batches of similar lengths, longest utterances first, without transcripts.
+
+    indices: of the utterances, in the order of the dataset; None: all.
+    """
+    chosen = np.arange(len(dataset)) if indices is None else np.array([*indices], np.int64)
+    places = sorted_batches(
+        dataset.frame_counts[chosen],
+        frames_per_batch=config.frames_per_batch,
+        utterances_per_batch=MAX_UTTERANCES_PER_BATCH,
     )
+    batches = [chosen[batch].tolist() for batch in places]
     without_text = copy.copy(dataset)
     without_text.texts = [None] * len(dataset)  # transcripts may have characters outside the vocabulary
     return make_loader(without_text, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0, pin=pin)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from las_fast.progress import ProgressBar
 from las_fast.search.beam import beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import MAX_GRAPHS
 from las_fast.search.dataset import check_finite, decode_batches, listen
-from las_fast.search.views import View, views_of
+from las_fast.search.views import View, is_sure, views_of
 
 if TYPE_CHECKING:
     from las_fast.checkpoint import Loaded
@@ -35,8 +35,7 @@ def decode_grid(
     Raises:
         InputError: one utterance alone does not fit in memory, or the model's outputs are not finite.
     """
-    texts = [[""] * len(dataset) for _ in settings]
-    scores = [[-math.inf] * len(dataset) for _ in settings]
+    found: list[list[dict[View, Found]]] = [[{} for _ in range(len(dataset))] for _ in settings]
     packed = packed_weights(loaded.model, settings[0], device, backend)
     # Graphs are kept per n-gram model, so each point has one model for all batches, and many points have no graphs.
     fit_in_cache = len(settings) <= MAX_GRAPHS
@@ -54,21 +53,41 @@ def decode_grid(
                 loaded.model, memory, point, ngram=model, packed=packed, backend=backend, capture=capture
             )
             for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
-                if best.score > scores[k][i]:
-                    scores[k][i], texts[k][i] = best.score, loaded.vocabulary.decode(best.text_tokens)
+                text = loaded.vocabulary.decode(best.text_tokens)
+                found[k][i][view] = Found(text, best.score, is_sure(best, settings[k]))
+                if len(found[k][i]) == len(views_of(settings[k])):
+                    check_finite(max(one.score for one in found[k][i].values()), dataset.ids[i])
             bar.update(len(batch.indices))  # those of a batch that is halved count twice
 
     searches = sum(len(views_of(point)) for point in settings)
     with ProgressBar(len(dataset) * searches, "tuning", "utterances") as bar:
         views = dict.fromkeys(view for point in settings for view in views_of(point))
-        for view, indices, _ in decode_batches(
-            partial(decode, bar=bar), dataset, views, loaded.vocabulary, settings[0], device=device
-        ):
-            for k, point in enumerate(settings):
-                if view == views_of(point)[-1]:
-                    for i in indices.tolist():
-                        check_finite(scores[k][i], dataset.ids[i])
-    return texts
+        decode_now = partial(decode, bar=bar)
+        for _ in decode_batches(decode_now, dataset, views, loaded.vocabulary, settings[0], device=device):
+            pass
+    return [
+        [best_text(one[view] for view in views_of(point)) for one in of_point]
+        for point, of_point in zip(settings, found, strict=True)
+    ]
+
+
+class Found(NamedTuple):
+    """The best text of an utterance in one view."""
+
+    text: str
+    score: float
+    is_sure: bool  # see las_fast.search.views
+
+
+def best_text(found: Iterable[Found]) -> str:
+    """Return the text with the highest score, of the first ones up to one that is sure; of equal ones, the first."""
+    best = None
+    for one in found:
+        if best is None or one.score > best.score:
+            best = one
+        if best.is_sure:
+            break
+    return best.text if best else ""
 
 
 def _folded(ngram, settings: list[DecodingConfig], V: int, device) -> list[tuple[Any, DecodingConfig]]:

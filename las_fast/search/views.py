@@ -1,16 +1,17 @@
 """Views: an utterance at other speeds and with a warped frequency axis.
 
 People speak at different speeds, and their vocal tracts differ in length. Therefore an utterance can be decoded several
-times: at each speed of decoding.speeds and with each warp of decoding.warps. The view whose best hypothesis has the
-highest score is kept. With warps alone, this is vocal tract length normalisation (Lee and Rose 1996, "Speaker
-normalization using efficient frequency warping procedures"). Scores are sums of log-probabilities: the length penalty
-and the coverage rank hypotheses within a view, but do not choose between views.
+times: at each speed of decoding.speeds, with the warp at the same place in decoding.warps. The view whose best
+hypothesis has the highest score is kept. With warps alone, this is vocal tract length normalisation (Lee and Rose 1996,
+"Speaker normalization using efficient frequency warping procedures"). Scores are sums of log-probabilities: the length
+penalty and the coverage rank hypotheses within a view, but do not choose between views.
+
+With decoding.view_threshold, an utterance whose text is likely enough is not decoded in the views that are left.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -34,8 +35,11 @@ PLAIN = View(1.0, 1.0)
 
 
 def views_of(config: DecodingConfig) -> list[View]:
-    """Return the views in which each utterance is decoded, without repetitions."""
-    return list(dict.fromkeys(itertools.starmap(View, itertools.product(config.speeds, config.warps))))
+    """Return the views in which an utterance is decoded, in their order, without repetitions."""
+    speeds, warps = config.speeds, config.warps
+    count = max(len(speeds), len(warps))
+    speeds, warps = (values * count if len(values) == 1 else values for values in (speeds, warps))
+    return list(dict.fromkeys(map(View, speeds, warps)))
 
 
 def viewed(dataset, view: View):
@@ -59,6 +63,12 @@ class _Viewed:
         if self.view.warp != 1:
             raw = warp_frequencies(raw, self.view.warp, self.dataset.features)
         return self.dataset.prepare(change_speed(raw, self.view.speed))
+
+
+def is_sure(best: TokenHypothesis, config: DecodingConfig) -> bool:
+    """Return whether an utterance with this best hypothesis needs no further view."""
+    tokens = len(best.text_tokens) + 1  # with <eos>
+    return config.view_threshold > 0 and best.score >= -config.view_threshold * tokens
 
 
 def keep_better(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,8 @@ from las_fast.output.transcripts import Word
 from las_fast.search.beam import TokenHypothesis
 from las_fast.search.confidence import load_calibration
 from las_fast.search.dataset import Utterances, decode_dataset
-from las_fast.search.grid import decode_grid
-from las_fast.search.views import PLAIN, View, keep_better, viewed, views_of
+from las_fast.search.grid import Found, best_text, decode_grid
+from las_fast.search.views import PLAIN, View, is_sure, keep_better, viewed, views_of
 from las_fast.search.words import MIN_WORD, WordFinder
 from las_fast.text import Vocabulary
 
@@ -38,10 +37,15 @@ def hypothesis(score, frames=(0, 5, 9), words=()):
     return TokenHypothesis([4] * len(frames), score, score, list(frames), [0.0] * len(frames), True, None, tuple(words))
 
 
-def test_an_utterance_is_decoded_at_every_speed_with_every_warp_once():
-    settings = DecodingConfig(speeds=(1.0, 0.8, 1.0), warps=(1.0, 1.1))
-    assert views_of(settings) == [PLAIN, View(1.0, 1.1), View(0.8, 1.0), View(0.8, 1.1)]
+def test_an_utterance_is_decoded_at_every_speed_with_its_warp_once():
+    settings = DecodingConfig(speeds=(1.0, 0.8, 1.0, 1.0), warps=(1.0, 1.1, 1.1, 1.0))
+    assert views_of(settings) == [PLAIN, View(0.8, 1.1), View(1.0, 1.1)]
     assert views_of(settings.attention_only()) == views_of(DecodingConfig()) == [PLAIN]
+
+
+def test_a_single_speed_or_warp_is_for_all():
+    assert views_of(DecodingConfig(speeds=(1.0, 0.8), warps=(1.1,))) == [View(1.0, 1.1), View(0.8, 1.1)]
+    assert views_of(DecodingConfig(speeds=(0.9,), warps=(1.0, 1.1))) == [View(0.9, 1.0), View(0.9, 1.1)]
 
 
 def test_a_view_changes_the_raw_frames_before_they_are_normalised():
@@ -93,7 +97,8 @@ def test_the_shortest_utterances_can_be_decoded_in_every_view(frames):
     vocabulary = Vocabulary("AB ")
     model = LAS(config, input_size=40, vocabulary_size=len(vocabulary)).eval()
     data = Utterances([torch.randn(frames, 20)], ["a"], [frames / 100], CONFIG)
-    settings = DecodingConfig(beam=3, ctc_weight=0.3, speeds=(2.0, 0.5, 1.0), warps=(0.9, 1.1))
+    views = {"speeds": (2.0, 0.5, 1.0, 2.0, 0.5), "warps": (0.9, 1.1, 1.0, 1.1, 0.9)}
+    settings = DecodingConfig(beam=3, ctc_weight=0.3, **views)
     words = WordFinder(model, vocabulary, load_calibration(Path("none.safetensors")), frame_shift=0.01)
     ((best, *_),) = decode_dataset(model, data, vocabulary, settings, words=words, progress=False, device="cpu")
     assert all(0 <= frame <= (frames - 1) // model.time_reduction for frame in best.attended_frames)
@@ -104,7 +109,7 @@ def test_the_shortest_utterances_can_be_decoded_in_every_view(frames):
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("views")
     make_manifest(folder / "data")
-    decoding = DecodingConfig(beam=3, maximum_extra=12, speeds=(1.0, 0.8), warps=(1.0, 1.1))
+    decoding = DecodingConfig(beam=3, maximum_extra=12, speeds=(1.0, 1.0, 0.8, 0.8), warps=(1.0, 1.1, 1.0, 1.1))
     make_checkpoint(folder, 20, sections={"decoding": decoding}, mel_bins=23)
     return folder
 
@@ -135,11 +140,54 @@ def test_decoding_keeps_the_best_of_all_views(workspace, capsys):
     assert [row["text"] for row in one_by_one] == [row["text"] for row in every]
 
 
+def decode_once(model, data):
+    """Return the best hypothesis of each utterance as it is, and its cost in nats per token."""
+    setup = model.search_setup(model.settings(speeds=(1,), warps=(1,)))
+    best = [hypotheses[0] for hypotheses in model.decode_dataset(data, setup, progress=False)]
+    return best, [-one.score / (len(one.text_tokens) + 1) for one in best]
+
+
+def test_an_utterance_with_a_likely_text_is_not_decoded_in_further_views(workspace, monkeypatch):
+    model = las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
+    raw = [torch.randn(n, 20) for n in (50, 31, 90, 64)]
+    data = Utterances(raw, list("abcd"), [len(x) / 100 for x in raw], model.loaded.config.features)
+    plain, costs = decode_once(model, data)
+    threshold = (sorted(costs)[1] + sorted(costs)[2]) / 2
+    sure = [i for i, cost in enumerate(costs) if cost < threshold]
+    assert len(sure) == 2
+    decoded, seen = [], Utterances.raw
+    monkeypatch.setattr(Utterances, "raw", lambda self, i: decoded.append(i) or seen(self, i))
+    setup = model.search_setup(model.settings(view_threshold=threshold))
+    actual = [best for best, *_ in model.decode_dataset(data, setup, progress=False)]
+    assert all(decoded.count(i) == 1 for i in sure)
+    assert max(map(decoded.count, range(4))) > 1
+    assert [actual[i] for i in sure] == [plain[i] for i in sure]
+    for i in {*range(4)} - {*sure}:
+        assert actual[i].score >= plain[i].score
+
+
+def test_the_views_end_at_the_first_text_that_is_likely_enough():
+    config = DecodingConfig(view_threshold=0.5)
+    assert is_sure(hypothesis(-2.0), config)  # three tokens and <eos>
+    assert not is_sure(hypothesis(-2.01), config) and not is_sure(hypothesis(-math.inf), config)
+    assert not is_sure(hypothesis(0.0), DecodingConfig())
+    texts = [Found("A", -3.0, False), Found("B", -2.0, True), Found("C", -1.0, False)]
+    assert best_text(texts) == "B" and best_text(texts[::2]) == "C"
+    assert best_text([Found("A", -1.0, False), Found("B", -1.0, True)]) == "A"
+
+
 def test_a_grid_and_tuning_decode_as_decode_does(workspace, capsys):
     model = las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
     raw = [torch.randn(n, 20) for n in (50, 31, 90)]
     data = Utterances(raw, list("abc"), [len(x) / 100 for x in raw], model.loaded.config.features)
-    settings = [model.settings(), replace(model.settings(), speeds=(0.8,)), replace(model.settings(), warps=(1.0,))]
+    middle = sorted(decode_once(model, data)[1])[1]
+    settings = [
+        model.settings(),
+        model.settings(speeds=(0.8,)),
+        model.settings(warps=(1.0,)),
+        model.settings(speeds=(0.8, 1.0), warps=(1.0,), view_threshold=middle + 0.01),
+        model.settings(view_threshold=middle + 1e-4),
+    ]
     texts = decode_grid(model.loaded, data, settings, None, "cpu")
     for point, actual in zip(settings, texts, strict=True):
         results = model.decode_dataset(data, model.search_setup(point), progress=False)
@@ -175,7 +223,9 @@ def test_recordings_are_transcribed_and_features_decoded_in_every_view(workspace
     frames = np.random.default_rng(0).standard_normal((80, 20))
     every, plain = model.decode(frames), model.decode(frames, speeds=(1,), warps=(1,))
     assert every[0].score >= plain[0].score
-    assert model.decode([frames], speeds=(1.0, 0.8), warps=(1.0, 1.1))[0][0].score == every[0].score
+    assert model.decode([frames])[0][0].score == every[0].score
+    sure = {"view_threshold": -plain[0].score / (len(plain[0].text) + 1) + 1e-6}
+    assert model.decode(frames, **sure)[0].text == plain[0].text
 
 
 @pytest.mark.parametrize(
@@ -183,6 +233,12 @@ def test_recordings_are_transcribed_and_features_decoded_in_every_view(workspace
     [
         (DecodingConfig(speeds=()), {}, "decoding.speeds and decoding.warps need a value each; 1 means unchanged"),
         (DecodingConfig(warps=()), {}, "decoding.speeds and decoding.warps need a value each; 1 means unchanged"),
+        (
+            DecodingConfig(speeds=(1.0, 0.8), warps=(1.0, 1.1, 1.2)),
+            {},
+            "decoding.speeds and decoding.warps need as many values, or one of them a single value; got 2 and 3",
+        ),
+        (DecodingConfig(view_threshold=-0.1), {}, "decoding.view_threshold must be at least 0; got -0.1"),
         (DecodingConfig(speeds=(0.4,)), {}, "decoding.speeds must be at least 0.5; got 0.4"),
         (DecodingConfig(warps=(1.0, 1.6)), {}, "decoding.warps must be at most 1.5; got 1.6"),
         (

@@ -102,9 +102,9 @@ def test_views_reach_the_search(tmp_path, monkeypatch, option):
     monkeypatch.setattr("las_fast.serve.batcher.Batcher", batcher)
     argv = ["--port", "0", "--checkpoint", str(make_checkpoint(tmp_path, 20, mel_bins=23)), "--device", "cpu"]
     with pytest.raises(Asked) as asked:
-        serve.main([*argv, option, "1", "0.75", "--beam", "3"])
+        serve.main([*argv, option, "1", "0.75", "--beam", "3", "--view-threshold", "0.4"])
     (options,) = asked.value.args
-    assert options[option[2:]] == [1.0, 0.75] and options["beam"] == 3
+    assert options[option[2:]] == [1.0, 0.75] and (options["beam"], options["view_threshold"]) == (3, 0.4)
     with pytest.raises(InputError, match=f"^{option} must be at least 0.5; got 0.4$"):
         serve.main(["--checkpoint", "gone", option, "1", "0.4"])
 
