@@ -52,13 +52,15 @@ def decodings(base: DecodingConfig, beams: Sequence[int]) -> dict[str, DecodingC
 
     With several beams, the settings with each have its width in their names.
     """
-    attention = replace(base.attention_only(), speeds=base.speeds, warps=base.warps)
+    attention = replace(base.attention_only(), speeds=base.speeds, warps=base.warps, view_threshold=0.0)
     kinds = {"beam": attention}
     if base.ctc_weight:
         kinds["beam, CTC"] = replace(attention, ctc_weight=base.ctc_weight)
     if base.ngram_weight:
         language = {"ngram_weight": base.ngram_weight, "length_reward": base.length_reward}
         kinds |= {f"{name}, language model": replace(kind, **language) for name, kind in kinds.items()}
+    full = [*kinds][-1]
+    kinds[full] = replace(kinds[full], view_threshold=base.view_threshold)  # which is for the scores of all of them
     settings = {"greedy": base.greedy()}
     for name, kind in kinds.items():
         for beam in beams:

@@ -35,7 +35,7 @@ from las_fast.search.views import views_of
 FILE = RESULTS / "views.csv"
 SETTINGS = ("speeds", "warps", "view_threshold")
 COLUMNS = (*CONTEXT, "checkpoint", "split", "part", "beam", *SETTINGS, "utterances", "cer", "cpu_seconds")
-ROWS = ("1 / 1 / 0", "1 0.85 1 / 1 1 1.06 / 0.55", "1 0.85 1 / 1 1 1.06 / 0.45", "1 0.85 1 / 1 1 1.06 / 0")
+ROWS = ("1 / 1 / 0", "1 0.85 / 1 / 0", *(f"1 0.85 1 / 1 1 1.06 / {threshold}" for threshold in (0.55, 0.5, 0.45, 0)))
 CHUNKS = 8  # parts of the utterances that are decoded in turn
 
 
@@ -45,7 +45,7 @@ def as_views(words: str) -> dict[str, Any]:
         speeds, warps, (threshold,) = (tuple(map(float, part.split())) for part in words.split("/"))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{words!r} must be speeds, warps and a threshold, such as {ROWS[1]!r}"
+            f"{words!r} must be speeds, warps and a threshold, such as {ROWS[2]!r}"
         ) from None
     return {"speeds": speeds, "warps": warps, "view_threshold": threshold}
 

@@ -56,14 +56,14 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
     """Add --speeds, --warps and --view-threshold, by default None."""
     add = parser.add_argument
     add("--speeds", type=as_factor, nargs="+", metavar="X",
-        help="speeds at which each utterance is decoded, 0.5 to 2 (2: twice as fast); the text with the highest score "
-        "is kept (default: the checkpoint's)")  # fmt: skip
+        help="speeds at which each utterance is decoded, in this order, 0.5 to 2 (2: twice as fast); the text with the "
+        "highest score is kept; --speeds 1 --warps 1: decode once (default: the checkpoint's)")  # fmt: skip
     add("--warps", type=as_factor, nargs="+", metavar="X",
-        help="factor on the frequencies at each of the --speeds, 0.5 to 1.5 (1: unchanged); a single speed or warp is "
-        "for all (default: the checkpoint's)")  # fmt: skip
+        help="factor on the frequencies at each of the --speeds, 0.5 to 1.5 (1: unchanged); a single speed or warp "
+        "applies to all (default: the checkpoint's)")  # fmt: skip
     add("--view-threshold", type=float, metavar="X",
-        help="decode an utterance at no further speed if its score is at least -X nats per character; 0: at every "
-        "speed (default: the checkpoint's)")  # fmt: skip
+        help="an utterance whose score is at least -X nats per token is not decoded at further speeds and warps; 0: "
+        "each is decoded at all (default: the checkpoint's)")  # fmt: skip
 
 
 def check_view_options(options: argparse.Namespace) -> None:
@@ -71,8 +71,8 @@ def check_view_options(options: argparse.Namespace) -> None:
     fields = {field.name: field for field in dataclasses.fields(DecodingConfig)}
     for name in VIEW_OPTIONS:
         values = getattr(options, name)
-        for value in [] if values is None else values if isinstance(values, list) else [values]:
-            if bound := fields[name].metadata["bounds"].violated(value):
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and (bound := fields[name].metadata["bounds"].violated(value)):
                 raise InputError(f"--{name.replace('_', '-')} must be {bound}; got {value:g}")
 
 

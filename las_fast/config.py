@@ -272,13 +272,13 @@ class DecodingConfig:
     ngram_weight: float = 0.0  # weight of the log-probabilities of the n-gram model, if there is one
     # nats added to the score per character, to offset the n-gram model's preference for short texts
     length_reward: float = number(0.0, at_least=-1e6, at_most=1e6)
-    # each utterance is decoded at each of these speeds (2: twice as fast); the text with the highest score is kept
+    # each utterance is decoded at these speeds in turn (2: twice as fast); the text with the highest score is kept
     speeds: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=2)
-    # factor on the frequencies at each speed; a single speed or warp is for all. If one is not 1, features.kind,
+    # factor on the frequencies at each speed; a single speed or warp applies to all. If one is not 1, features.kind,
     # sample_rate, mel_bins and lifter must be those of an archive's features
     warps: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=1.5)
-    # an utterance is not decoded at further speeds and warps if its score is at least -view_threshold nats per token;
-    # 0: it always is
+    # an utterance whose score is at least -view_threshold nats per token is not decoded at further speeds and warps;
+    # 0: every utterance is decoded at all
     view_threshold: float = number(0.0)
     frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
     # dtype of matmuls; int8 is for the speller on a CPU and implies bf16 for the listener; auto: fp32
@@ -431,8 +431,8 @@ def _view_rules(decoding: DecodingConfig) -> list[Rule]:
         (min(counts) > 0, "decoding.speeds and decoding.warps need a value each; 1 means unchanged"),
         (
             counts[0] == counts[1] or 1 in counts,
-            f"decoding.speeds and decoding.warps need as many values, or one of them a single value; got {counts[0]} "
-            f"and {counts[1]}",
+            "decoding.speeds and decoding.warps must have the same number of values, or one of them a single value; "
+            f"got {counts[0]} and {counts[1]}; give both",
         ),
     ]
 

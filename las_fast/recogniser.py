@@ -147,12 +147,12 @@ class Recogniser:
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
             beam_threshold:   hypotheses more than this many nats below the best one are dropped; 0: none is; by default
                               that of the checkpoint's settings.
-            speeds, warps:    each segment is decoded at each of these speeds (0.5 to 2; 2: twice as fast), with the
-                              factor on its frequencies (0.5 to 1.5) at the same place, and the text with the highest
-                              score is kept; a single speed or warp is for all. By default those of the checkpoint's
-                              settings. (1,) and (1,) decode it once, as it is.
-            view_threshold:   a segment is decoded at no further speed if its score is at least -view_threshold nats per
-                              token; 0: at every speed; by default that of the checkpoint's settings.
+            speeds, warps:    each segment is decoded at these speeds (0.5 to 2; 2: twice as fast), in this order, with
+                              the factor on its frequencies (0.5 to 1.5) at the same position, and the text with the
+                              highest score is kept; a single speed or warp applies to all. By default those of the
+                              checkpoint's settings. (1,) and (1,) decode it once, as it is.
+            view_threshold:   a segment whose score is at least -view_threshold nats per token is not decoded at further
+                              speeds and warps; 0: each is decoded at all; by default that of the checkpoint's settings.
             lm:               file of a language model, or name of a released one; its weight is that of the settings;
                               0.1 if they have none, or one for a model made with --subtract and this one was not.
                               None: the checkpoint's language model, if its settings have a weight; False: none.
@@ -197,8 +197,8 @@ class Recogniser:
         Segments of several recordings are decoded in one batch, which is faster than calling `transcribe` for each.
 
         Args:
-            recordings:   each as in `transcribe`, which also has the options of DecodingOptions, nbest,
-                          min_speech_score and vad.
+            recordings:   each as in `transcribe`, which also has beam, beam_threshold, speeds, warps,
+                          view_threshold, lm, nbest, min_speech_score and vad.
             sample_rate:  of the arrays, in Hz. With it, all recordings are arrays; without it, paths or file objects.
             skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising; default False.
             pool_seconds: seconds of speech decoded together; default 600.
@@ -248,7 +248,7 @@ class Recogniser:
             features: array or tensor (T, F) of feature frames before normalisation and deltas, F as in training; or a
                       list of them.
             nbest:    maximum hypotheses returned per utterance, as in `transcribe`.
-            options:  those of DecodingOptions, as in `transcribe`.
+            options:  beam, beam_threshold, speeds, warps, view_threshold and lm, as in `transcribe`.
 
         Returns:
             Hypotheses, best first; for a list of utterances, a list of these.

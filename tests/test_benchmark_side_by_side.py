@@ -193,11 +193,13 @@ def test_each_checkpoint_is_decoded_with_its_own_weights_and_language_model_or_w
 
 def test_several_beams_are_in_the_names_of_the_decodings():
     full = DecodingConfig(beam=5, ctc_weight=0.3, ngram_weight=0.2, length_reward=0.4, speeds=(0.8, 1.0))
+    full = replace(full, view_threshold=0.5)
     settings = scores.decodings(full, [8, 16])
     assert list(settings) == ["greedy", *(way.replace("beam", f"beam {beam}") for way in WAYS[1:] for beam in (8, 16))]
     assert settings["beam 16, CTC, language model"] == replace(full, beam=16)
-    assert settings["beam 8, CTC"] == replace(full, beam=8, ngram_weight=0, length_reward=0)
-    assert settings["beam 16, language model"] == replace(full, beam=16, ctc_weight=0)
+    others = replace(full, view_threshold=0.0)
+    assert settings["beam 8, CTC"] == replace(others, beam=8, ngram_weight=0, length_reward=0)
+    assert settings["beam 16, language model"] == replace(others, beam=16, ctc_weight=0)
     assert {name for name, one in settings.items() if one.speeds != (0.8, 1.0)} == {"greedy"}
     assert list(scores.decodings(full, [16])) == WAYS and scores.decodings(full, [16])["beam"].beam == 16
 

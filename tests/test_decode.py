@@ -352,12 +352,13 @@ def test_a_corrupt_checkpoint_is_an_error(workspace, capsys):
         (["--speeds", "0.3"], "--speeds must be at least 0.5; got 0.3"),
         (["--warps", "nan"], "--warps must be a finite number; got nan"),
         (["--view-threshold", "-1"], "--view-threshold must be at least 0; got -1"),
+        (["--view-threshold", "nan"], "--view-threshold must be a finite number; got nan"),
         (["--view-threshold", "inf"], "--view-threshold must be a finite number; got inf"),
         (
             ["--view-threshold", "0.5", "--decoding.view-threshold", "0.4"],
             "--view-threshold 0.5 and --decoding.view-threshold 0.4 disagree; give one of them",
         ),
-        (["--speeds", "1", "0.9", "--warps", "1", "1", "1.1"], "as many values, or one of them a single value; got 2"),
+        (["--speeds", "1", "0.9", "--warps", "1", "1", "1.1"], "the same number of values, or one of them a single"),
         (
             ["--decoding.speeds", "0.8", "1", "--speeds", "1"],
             "--speeds 1 and --decoding.speeds 0.8 1 disagree; give one of them",

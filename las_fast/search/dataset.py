@@ -136,7 +136,7 @@ def decode_dataset(
                 results[i] = keep_better(results[i], hypotheses, **counts, reduction=model.time_reduction)
                 if is_sure(results[i][0], config):
                     del waiting[i]
-                if i not in waiting or view == views[-1]:
+                elif view == views[-1]:
                     check_finite(results[i][0].score, dataset.ids[i])
             left = len(views) - views.index(view)  # views that are done for an utterance that is sure
             done = [dataset.seconds[i] * (1 if i in waiting else left) for i in indices.tolist()]
@@ -157,7 +157,7 @@ def decode_batches(
     """Decode utterances of a dataset in each view, in batches, longest first.
 
     A batch that does not fit in memory is halved and tried again, and later batches of that size are halved at once.
-    waiting: indices of the utterances to decode, read at the start of each view; None: all.
+    waiting: indices of the utterances to decode, ascending, read at the start of each view; None: all.
     device:  of the model; for CUDA, batches are put into pinned memory.
 
     Yields:
@@ -192,7 +192,7 @@ def batches_to_decode(
 ) -> Iterable[Batch]:
     """Return batches of similar lengths, longest utterances first, without transcripts.
 
-    indices: of the utterances, in the order of the dataset; None: all.
+    indices: of the utterances, ascending; None: all.
     """
     chosen = np.arange(len(dataset)) if indices is None else np.array([*indices], np.int64)
     places = sorted_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,8 @@ def decode_grid(
 ) -> list[list[str]]:
     """Decode a dataset with each of the settings, which all have the same precision.
 
-    For ngram see load_ngram_model, for backend see beam_search.
+    All views are searched: decoding.view_threshold gives the texts that it gives in decoding, but saves no time. For
+    ngram see load_ngram_model, for backend see beam_search.
 
     Returns:
         A list of texts, one per utterance, for each of the settings.
@@ -36,6 +38,8 @@ def decode_grid(
         InputError: one utterance alone does not fit in memory, or the model's outputs are not finite.
     """
     found: list[list[dict[View, Found]]] = [[{} for _ in range(len(dataset))] for _ in settings]
+    views = [views_of(point) for point in settings]
+    shared: dict[str, str] = {}  # many settings give the same text
     packed = packed_weights(loaded.model, settings[0], device, backend)
     # Graphs are kept per n-gram model, so each point has one model for all batches, and many points have no graphs.
     fit_in_cache = len(settings) <= MAX_GRAPHS
@@ -47,27 +51,26 @@ def decode_grid(
     def decode(batch: Batch, view: View, bar: ProgressBar) -> None:
         memory = listen(loaded.model, batch.to(device), settings[0])
         for k, (model, point) in enumerate(points):
-            if view not in views_of(settings[k]):
+            if view not in views[k]:
                 continue
             hypotheses = beam_search(
                 loaded.model, memory, point, ngram=model, packed=packed, backend=backend, capture=capture
             )
             for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
                 text = loaded.vocabulary.decode(best.text_tokens)
-                found[k][i][view] = Found(text, best.score, is_sure(best, settings[k]))
-                if len(found[k][i]) == len(views_of(settings[k])):
+                found[k][i][view] = Found(shared.setdefault(text, text), best.score, is_sure(best, settings[k]))
+                if len(found[k][i]) == len(views[k]):
                     check_finite(max(one.score for one in found[k][i].values()), dataset.ids[i])
             bar.update(len(batch.indices))  # those of a batch that is halved count twice
 
-    searches = sum(len(views_of(point)) for point in settings)
-    with ProgressBar(len(dataset) * searches, "tuning", "utterances") as bar:
-        views = dict.fromkeys(view for point in settings for view in views_of(point))
+    with ProgressBar(len(dataset) * sum(map(len, views)), "tuning", "utterances") as bar:
+        all_views = dict.fromkeys(itertools.chain.from_iterable(views))
         decode_now = partial(decode, bar=bar)
-        for _ in decode_batches(decode_now, dataset, views, loaded.vocabulary, settings[0], device=device):
+        for _ in decode_batches(decode_now, dataset, all_views, loaded.vocabulary, settings[0], device=device):
             pass
     return [
-        [best_text(one[view] for view in views_of(point)) for one in of_point]
-        for point, of_point in zip(settings, found, strict=True)
+        [best_text(one[view] for view in in_order) for one in of_point]
+        for in_order, of_point in zip(views, found, strict=True)
     ]
 
 

@@ -1,7 +1,7 @@
 """Views: an utterance at other speeds and with a warped frequency axis.
 
 People speak at different speeds, and their vocal tracts differ in length. Therefore an utterance can be decoded several
-times: at each speed of decoding.speeds, with the warp at the same place in decoding.warps. The view whose best
+times: at each speed of decoding.speeds, with the warp at the same position in decoding.warps. The view whose best
 hypothesis has the highest score is kept. With warps alone, this is vocal tract length normalisation (Lee and Rose 1996,
 "Speaker normalization using efficient frequency warping procedures"). Scores are sums of log-probabilities: the length
 penalty and the coverage rank hypotheses within a view, but do not choose between views.
@@ -12,6 +12,7 @@ With decoding.view_threshold, an utterance whose text is likely enough is not de
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -35,11 +36,14 @@ PLAIN = View(1.0, 1.0)
 
 
 def views_of(config: DecodingConfig) -> list[View]:
-    """Return the views in which an utterance is decoded, in their order, without repetitions."""
+    """Return the views in which an utterance is decoded, in order, without repetitions.
+
+    A single speed or warp applies to all. Raises ValueError if there are several of both, in different numbers.
+    """
     speeds, warps = config.speeds, config.warps
     count = max(len(speeds), len(warps))
     speeds, warps = (values * count if len(values) == 1 else values for values in (speeds, warps))
-    return list(dict.fromkeys(map(View, speeds, warps)))
+    return list(dict.fromkeys(itertools.starmap(View, zip(speeds, warps, strict=True))))
 
 
 def viewed(dataset, view: View):
@@ -66,9 +70,12 @@ class _Viewed:
 
 
 def is_sure(best: TokenHypothesis, config: DecodingConfig) -> bool:
-    """Return whether an utterance with this best hypothesis needs no further view."""
-    tokens = len(best.text_tokens) + 1  # with <eos>
-    return config.view_threshold > 0 and best.score >= -config.view_threshold * tokens
+    """Return whether the score of a finished hypothesis is at least -view_threshold nats per token, <eos> counted.
+
+    A hypothesis of maximum length is never sure: a repeated character costs little.
+    """
+    tokens = len(best.text_tokens) + 1
+    return config.view_threshold > 0 and best.finished and best.score >= -config.view_threshold * tokens
 
 
 def keep_better(

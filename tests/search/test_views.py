@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import torch
 from tiny_checkpoints import make_checkpoint
 from tiny_corpora import make_manifest, make_speech, write_audio
+from toy_model import ToyModel
 
 import las_fast
 from las_fast import decode, transcribe, tune
+from las_fast.checkpoint import load_model, save_model
 from las_fast.config import Config, DecodingConfig, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig, check
 from las_fast.data.augment import change_speed, frame_counts_at_speed
 from las_fast.data.normalisation import model_input
@@ -22,13 +25,14 @@ from las_fast.data.warp import warp_frequencies
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
 from las_fast.output.transcripts import Word
+from las_fast.search import dataset as dataset_module
 from las_fast.search.beam import TokenHypothesis
 from las_fast.search.confidence import load_calibration
 from las_fast.search.dataset import Utterances, decode_dataset
 from las_fast.search.grid import Found, best_text, decode_grid
 from las_fast.search.views import PLAIN, View, is_sure, keep_better, viewed, views_of
 from las_fast.search.words import MIN_WORD, WordFinder
-from las_fast.text import Vocabulary
+from las_fast.text import EOS, Vocabulary
 
 CONFIG = FeatureConfig(kind="mfcc", size=20, mel_bins=23, deltas=1)
 
@@ -109,8 +113,12 @@ def test_the_shortest_utterances_can_be_decoded_in_every_view(frames):
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("views")
     make_manifest(folder / "data")
-    decoding = DecodingConfig(beam=3, maximum_extra=12, speeds=(1.0, 1.0, 0.8, 0.8), warps=(1.0, 1.1, 1.0, 1.1))
-    make_checkpoint(folder, 20, sections={"decoding": decoding}, mel_bins=23)
+    decoding = DecodingConfig(beam=3, minimum_share=0.1, speeds=(1.0, 1.0, 0.8, 0.8), warps=(1.0, 1.1, 1.0, 1.1))
+    path = make_checkpoint(folder, 20, sections={"decoding": decoding}, mel_bins=23)
+    loaded = load_model(path)
+    weights = loaded.model.state_dict()
+    weights["speller.bias"][EOS] += 2.5  # texts end
+    save_model(path, weights, loaded.config, loaded.statistics, loaded.info)
     return folder
 
 
@@ -140,36 +148,58 @@ def test_decoding_keeps_the_best_of_all_views(workspace, capsys):
     assert [row["text"] for row in one_by_one] == [row["text"] for row in every]
 
 
-def decode_once(model, data):
-    """Return the best hypothesis of each utterance as it is, and its cost in nats per token."""
-    setup = model.search_setup(model.settings(speeds=(1,), warps=(1,)))
-    best = [hypotheses[0] for hypotheses in model.decode_dataset(data, setup, progress=False)]
-    return best, [-one.score / (len(one.text_tokens) + 1) for one in best]
+class ByTable:
+    """Replaces las_fast.search.dataset._decode_batch: hypotheses with the costs per token that a table has."""
+
+    costs = {
+        View(1.0, 1.0): (0.4, 0.6, 0.9, 0.7),
+        View(0.8, 1.0): (0.1, 0.5, 1.0, 0.8),
+        View(1.0, 1.1): (0, 0, 0.2, 0.65),
+    }
+
+    def __init__(self, most: int = 99):
+        self.most, self.decoded = most, {view: [] for view in self.costs}
+
+    def __call__(self, batch, view, **options):
+        indices = batch.indices.tolist()
+        if len(indices) > self.most:
+            raise MemoryError
+        self.decoded[view] += indices
+        return [[hypothesis(-4 * self.costs[view][i])] for i in indices]
 
 
-def test_an_utterance_with_a_likely_text_is_not_decoded_in_further_views(workspace, monkeypatch):
-    model = las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
-    raw = [torch.randn(n, 20) for n in (50, 31, 90, 64)]
-    data = Utterances(raw, list("abcd"), [len(x) / 100 for x in raw], model.loaded.config.features)
-    plain, costs = decode_once(model, data)
-    threshold = (sorted(costs)[1] + sorted(costs)[2]) / 2
-    sure = [i for i, cost in enumerate(costs) if cost < threshold]
-    assert len(sure) == 2
-    decoded, seen = [], Utterances.raw
-    monkeypatch.setattr(Utterances, "raw", lambda self, i: decoded.append(i) or seen(self, i))
-    setup = model.search_setup(model.settings(view_threshold=threshold))
-    actual = [best for best, *_ in model.decode_dataset(data, setup, progress=False)]
-    assert all(decoded.count(i) == 1 for i in sure)
-    assert max(map(decoded.count, range(4))) > 1
-    assert [actual[i] for i in sure] == [plain[i] for i in sure]
-    for i in {*range(4)} - {*sure}:
-        assert actual[i].score >= plain[i].score
+@pytest.mark.parametrize("most", [1, 2, 99])
+@pytest.mark.parametrize(
+    ("threshold", "second", "third", "costs", "done"),
+    [
+        (0.5, [1, 2, 3], [2, 3], (0.4, 0.5, 0.2, 0.65), [3 + 1 + 1 + 1, 2 + 1 + 1, 1 + 1]),
+        (0.95, [], [], (0.4, 0.6, 0.9, 0.7), [3 * 4]),
+        (0.05, [0, 1, 2, 3], [0, 1, 2, 3], (0, 0, 0.2, 0.65), [4, 4, 4]),
+        (0.0, [0, 1, 2, 3], [0, 1, 2, 3], (0, 0, 0.2, 0.65), [4, 4, 4]),
+    ],
+)
+def test_an_utterance_with_a_likely_text_is_not_decoded_in_further_views(
+    monkeypatch, most, threshold, second, third, costs, done
+):
+    seen = []
+    by_table = ByTable(most)
+    monkeypatch.setattr(dataset_module, "_decode_batch", by_table)
+    monkeypatch.setattr(dataset_module.ProgressBar, "update", lambda self, seconds: seen.append(seconds))
+    data = Utterances([torch.randn(9, 20)] * 4, list("abcd"), [1.0] * 4, CONFIG)
+    settings = DecodingConfig(speeds=(1.0, 0.8, 1.0), warps=(1.0, 1.0, 1.1), view_threshold=threshold)
+    results = decode_dataset(ToyModel(), data, Vocabulary(), settings, device="cpu")
+    assert [sorted(indices) for indices in by_table.decoded.values()] == [[0, 1, 2, 3], second, third]
+    assert [-best.score / 4 for best, *_ in results] == pytest.approx(costs)
+    assert sum(seen) == pytest.approx(4)
+    if most == 99:
+        assert seen == pytest.approx([n / 3 for n in done])
 
 
 def test_the_views_end_at_the_first_text_that_is_likely_enough():
     config = DecodingConfig(view_threshold=0.5)
     assert is_sure(hypothesis(-2.0), config)  # three tokens and <eos>
     assert not is_sure(hypothesis(-2.01), config) and not is_sure(hypothesis(-math.inf), config)
+    assert not is_sure(replace(hypothesis(-1.0), finished=False), config)
     assert not is_sure(hypothesis(0.0), DecodingConfig())
     texts = [Found("A", -3.0, False), Found("B", -2.0, True), Found("C", -1.0, False)]
     assert best_text(texts) == "B" and best_text(texts[::2]) == "C"
@@ -178,20 +208,23 @@ def test_the_views_end_at_the_first_text_that_is_likely_enough():
 
 def test_a_grid_and_tuning_decode_as_decode_does(workspace, capsys):
     model = las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
-    raw = [torch.randn(n, 20) for n in (50, 31, 90)]
-    data = Utterances(raw, list("abc"), [len(x) / 100 for x in raw], model.loaded.config.features)
-    middle = sorted(decode_once(model, data)[1])[1]
+    torch.manual_seed(1)
+    raw = [torch.randn(n, 20) for n in (50, 31, 90, 64)]
+    data = Utterances(raw, list("abcd"), [len(x) / 100 for x in raw], model.loaded.config.features)
+    plain = model.decode_dataset(data, model.search_setup(model.settings(speeds=(1,), warps=(1,))), progress=False)
+    costs = sorted(-best.score / (len(best.text_tokens) + 1) for best, *_ in plain)
+    threshold = (costs[1] + costs[2]) / 2
     settings = [
         model.settings(),
-        model.settings(speeds=(0.8,)),
-        model.settings(warps=(1.0,)),
-        model.settings(speeds=(0.8, 1.0), warps=(1.0,), view_threshold=middle + 0.01),
-        model.settings(view_threshold=middle + 1e-4),
+        model.settings(view_threshold=threshold),
+        model.settings(speeds=(0.8, 1.0), warps=(1.0,), view_threshold=threshold),
+        model.settings(speeds=(0.8, 1.0), warps=(1.0,)),
     ]
     texts = decode_grid(model.loaded, data, settings, None, "cpu")
     for point, actual in zip(settings, texts, strict=True):
         results = model.decode_dataset(data, model.search_setup(point), progress=False)
         assert actual == [model.loaded.vocabulary.decode(best.text_tokens) for best, *_ in results]
+    assert texts[2] != texts[3]  # so the threshold has changed a text
     out = workspace / "table.csv"
     checkpoint = ["--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"]
     tune.main([*checkpoint, "--data", str(workspace / "data"), "--length-penalty", "1", "--out", str(out)])
@@ -199,6 +232,12 @@ def test_a_grid_and_tuning_decode_as_decode_does(workspace, capsys):
     capsys.readouterr()
     decode_to(workspace, "again")
     assert float(row["cer"]) == pytest.approx(json.loads(capsys.readouterr().out.splitlines()[-1])["cer"], abs=1e-3)
+
+
+def test_a_threshold_of_0_replaces_that_of_the_checkpoint(tmp_path):
+    path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"decoding": DecodingConfig(view_threshold=0.5)})
+    model = las_fast.load(path, device="cpu")
+    assert (model.settings().view_threshold, model.settings(view_threshold=0).view_threshold) == (0.5, 0)
 
 
 def test_recordings_are_transcribed_and_features_decoded_in_every_view(workspace, capsys):
@@ -225,7 +264,7 @@ def test_recordings_are_transcribed_and_features_decoded_in_every_view(workspace
     assert every[0].score >= plain[0].score
     assert model.decode([frames])[0][0].score == every[0].score
     sure = {"view_threshold": -plain[0].score / (len(plain[0].text) + 1) + 1e-6}
-    assert model.decode(frames, **sure)[0].text == plain[0].text
+    assert model.decode(frames, **sure)[0].score == plain[0].score < every[0].score
 
 
 @pytest.mark.parametrize(
@@ -236,7 +275,7 @@ def test_recordings_are_transcribed_and_features_decoded_in_every_view(workspace
         (
             DecodingConfig(speeds=(1.0, 0.8), warps=(1.0, 1.1, 1.2)),
             {},
-            "decoding.speeds and decoding.warps need as many values, or one of them a single value; got 2 and 3",
+            "decoding.warps must have the same number of values, or one of them a single value; got 2 and 3; give both",
         ),
         (DecodingConfig(view_threshold=-0.1), {}, "decoding.view_threshold must be at least 0; got -0.1"),
         (DecodingConfig(speeds=(0.4,)), {}, "decoding.speeds must be at least 0.5; got 0.4"),

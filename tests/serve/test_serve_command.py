@@ -107,6 +107,8 @@ def test_views_reach_the_search(tmp_path, monkeypatch, option):
     assert options[option[2:]] == [1.0, 0.75] and (options["beam"], options["view_threshold"]) == (3, 0.4)
     with pytest.raises(InputError, match=f"^{option} must be at least 0.5; got 0.4$"):
         serve.main(["--checkpoint", "gone", option, "1", "0.4"])
+    with pytest.raises(InputError, match="^--view-threshold must be at least 0; got -1$"):
+        serve.main(["--checkpoint", "gone", "--view-threshold", "-1"])
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "averaged.safetensors"])
