@@ -155,12 +155,15 @@ def stop_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Inside the `with` block, a warning of las_fast is printed in one line, without a place in the code."""
+    """Inside the `with` block, a warning of las_fast is printed once, in one line, without a place in the code."""
     usual = warnings.showwarning
+    printed: set[str] = set()
 
     def show_warning(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
         if issubclass(category, (SlowPathWarning, FormerNameWarning, HiddenModelWarning)):
-            write(f"warning: {message}", file=sys.stderr)
+            if str(message) not in printed:
+                printed.add(str(message))
+                write(f"warning: {message}", file=sys.stderr)
         else:
             usual(message, category, *place, **options)
 
