@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from las_fast.config import MAX_BEAM, VADS, DecodingConfig
+from las_fast.config import MAX_BEAM, PRECISIONS, VADS, DecodingConfig
 from las_fast.errors import InputError
 
 VIEW_OPTIONS = ("speeds", "warps", "view_threshold")
+SEARCH_OPTIONS = ("beam", "beam_threshold", *VIEW_OPTIONS, "precision")  # fields of DecodingConfig
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +53,9 @@ def add_beam_options(parser: argparse.ArgumentParser, *, beam: int | None = None
     )
 
 
-def add_view_options(parser: argparse.ArgumentParser) -> None:
-    """Add --speeds, --warps and --view-threshold, by default None."""
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Add the SEARCH_OPTIONS, by default None."""
+    add_beam_options(parser)
     add = parser.add_argument
     add("--speeds", type=as_factor, nargs="+", metavar="X",
         help="speeds at which each utterance is decoded, in this order, 0.5 to 2 (2: twice as fast); the text with the "
@@ -64,10 +66,14 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
     add("--view-threshold", type=float, metavar="X",
         help="an utterance whose score is at least -X nats per token is not decoded at further speeds and warps; 0: "
         "each is decoded at all (default: the checkpoint's)")  # fmt: skip
+    add("--precision", choices=PRECISIONS,
+        help="precision of matmuls; bf16 and int8 are faster on most processors and change few texts; int8 is for CPUs "
+        "(default: the checkpoint's)")  # fmt: skip
 
 
-def check_view_options(options: argparse.Namespace) -> None:
-    """Raise InputError if a value of --speeds, --warps or --view-threshold is out of range."""
+def check_search_options(options: argparse.Namespace) -> None:
+    """Raise InputError if one of the SEARCH_OPTIONS is out of range."""
+    check_beam_options(options)
     fields = {field.name: field for field in dataclasses.fields(DecodingConfig)}
     for name in VIEW_OPTIONS:
         values = getattr(options, name)
@@ -97,8 +103,7 @@ def check_beam_options(options: argparse.Namespace) -> None:
 
 def check_transcription_options(options: argparse.Namespace) -> None:
     """Raise InputError if an option of the search, --nbest or --min-speech-score is out of range."""
-    check_beam_options(options)
-    check_view_options(options)
+    check_search_options(options)
     if options.nbest is not None and options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
     if options.nbest is not None and options.beam is not None:
@@ -117,7 +122,7 @@ def check_nbest(nbest: int, beam: int) -> None:
 
 def search_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of the search, by their names in Python (las_fast.recogniser.DecodingOptions)."""
-    return {name: getattr(options, name) for name in ("beam", "beam_threshold", *VIEW_OPTIONS, "lm")}
+    return {name: getattr(options, name) for name in (*SEARCH_OPTIONS, "lm")}
 
 
 def as_path(word: str) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -25,6 +25,8 @@ from las_fast.tree import flatten, from_tree, to_tree
 PRESETS = Path(__file__).parent / "configs"
 MAX_NUMBER = 10**9  # upper bound of numbers whose field does not set one
 MAX_BEAM = 1000
+Precision = Literal["auto", "fp32", "bf16", "int8"]  # of decoding
+PRECISIONS = get_args(Precision)
 VADS = ("energy", "silero")  # how recordings are cut; see las_fast.data.vad
 NEEDS_CTC_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
 
@@ -282,7 +284,7 @@ class DecodingConfig:
     view_threshold: float = number(0.0)
     frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
     # dtype of matmuls; int8 is for the speller on a CPU and implies bf16 for the listener; auto: fp32
-    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    precision: Precision = "auto"
 
     def attention_only(self) -> DecodingConfig:
         """Return the settings for one search with the speller alone, without CTC and a language model."""

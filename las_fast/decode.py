@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from las_fast.arguments import (
-    VIEW_OPTIONS,
-    add_beam_options,
+    SEARCH_OPTIONS,
     add_device_option,
     add_lm_option,
-    add_view_options,
+    add_search_options,
     as_file,
     as_path,
-    check_beam_options,
     check_nbest,
-    check_view_options,
+    check_search_options,
 )
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, DecodingSettings, check_decoding
@@ -45,7 +43,6 @@ if TYPE_CHECKING:  # importing torch would slow down --help
 
 MAX_LISTED = 20  # unknown characters listed in an error
 LONG_SECONDS = 60  # of an utterance in which a model may lose its place: it was trained on shorter ones
-SHORT_OPTIONS = ("beam", "beam_threshold", *VIEW_OPTIONS)  # decoding.beam is also --beam
 
 
 def parser() -> Parser:
@@ -58,8 +55,7 @@ def parser() -> Parser:
     )
     parser.add_argument("--split", required=True, help="split name, or train, dev or test; join several with +")
     parser.add_argument("--out", required=True, type=as_file, metavar="FILE.csv", help="submission file to write")
-    add_beam_options(parser)
-    add_view_options(parser)
+    add_search_options(parser)
     parser.add_argument(
         "--nbest", type=int, default=1, metavar="N", help="maximum hypotheses per utterance in --jsonl (default: 1)"
     )
@@ -101,8 +97,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def short_values(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the decoding settings that options such as --beam give, by their names."""
-    values = {name: getattr(options, name) for name in SHORT_OPTIONS}
+    """Return the decoding settings that options such as --beam give, by their names (decoding.beam is also --beam)."""
+    values = {name: getattr(options, name) for name in SEARCH_OPTIONS}
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None
     }
@@ -113,14 +109,21 @@ def check_agreement(options: argparse.Namespace, decoding: DecodingConfig) -> No
     for name, short in short_values(options).items():
         long, option = getattr(decoding, name), name.replace("_", "-")
         if short != long:
-            given = [" ".join(f"{x:g}" for x in (v if isinstance(v, tuple) else (v,))) for v in (short, long)]
-            raise InputError(f"--{option} {given[0]} and --decoding.{option} {given[1]} disagree; give one of them")
+            raise InputError(
+                f"--{option} {as_words(short)} and --decoding.{option} {as_words(long)} disagree; give one of them"
+            )
+
+
+def as_words(value: Any) -> str:
+    """Return a setting as it is written on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(as_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError if an option is out of range, or an output file must not be written."""
-    check_beam_options(options)
-    check_view_options(options)
+    check_search_options(options)
     if options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
     if options.nbest > 1 and not options.jsonl:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from las_fast.checkpoint import Loaded, load_model
-from las_fast.config import MAX_BEAM, DecodingConfig, check_decoding
+from las_fast.config import MAX_BEAM, PRECISIONS, DecodingConfig, Precision, check_decoding
 from las_fast.data.audio import name_of
 from las_fast.data.features import seconds_of
 from las_fast.data.samples import is_array, to_numpy
@@ -54,6 +54,7 @@ class DecodingOptions(TypedDict, total=False):
     speeds: Sequence[float] | None
     warps: Sequence[float] | None
     view_threshold: float | None
+    precision: Precision | None
     lm: LanguageModel
 
 
@@ -130,6 +131,7 @@ class Recogniser:
         speeds: Sequence[float] | None = None,
         warps: Sequence[float] | None = None,
         view_threshold: float | None = None,
+        precision: Precision | None = None,
         lm: LanguageModel = None,
         nbest: int = 1,
         min_speech_score: float = MIN_SPEECH_SCORE,
@@ -153,6 +155,8 @@ class Recogniser:
                               checkpoint's settings. (1,) and (1,) decode it once, as it is.
             view_threshold:   a segment whose score is at least -view_threshold nats per token is not decoded at further
                               speeds and warps; 0: each is decoded at all; by default that of the checkpoint's settings.
+            precision:        of matmuls: "fp32", "bf16" or, on a CPU, "int8"; "auto" is "fp32"; by default that of the
+                              checkpoint's settings.
             lm:               file of a language model, or name of a released one; its weight is that of the settings;
                               0.1 if they have none, or one for a model made with --subtract and this one was not.
                               None: the checkpoint's language model, if its settings have a weight; False: none.
@@ -174,6 +178,7 @@ class Recogniser:
             speeds=speeds,
             warps=warps,
             view_threshold=view_threshold,
+            precision=precision,
             lm=lm,
             nbest=nbest,
             min_speech_score=min_speech_score,
@@ -198,7 +203,7 @@ class Recogniser:
 
         Args:
             recordings:   each as in `transcribe`, which also has beam, beam_threshold, speeds, warps,
-                          view_threshold, lm, nbest, min_speech_score and vad.
+                          view_threshold, precision, lm, nbest, min_speech_score and vad.
             sample_rate:  of the arrays, in Hz. With it, all recordings are arrays; without it, paths or file objects.
             skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising; default False.
             pool_seconds: seconds of speech decoded together; default 600.
@@ -248,7 +253,7 @@ class Recogniser:
             features: array or tensor (T, F) of feature frames before normalisation and deltas, F as in training; or a
                       list of them.
             nbest:    maximum hypotheses returned per utterance, as in `transcribe`.
-            options:  beam, beam_threshold, speeds, warps, view_threshold and lm, as in `transcribe`.
+            options:  beam, beam_threshold, speeds, warps, view_threshold, precision and lm, as in `transcribe`.
 
         Returns:
             Hypotheses, best first; for a list of utterances, a list of these.
@@ -347,6 +352,7 @@ class Recogniser:
         speeds: Sequence[float] | None = None,
         warps: Sequence[float] | None = None,
         view_threshold: float | None = None,
+        precision: Precision | None = None,
         lm: LanguageModel = None,
     ) -> DecodingConfig:
         """Return the decoding settings of the checkpoint, with those replaced that are given.
@@ -361,6 +367,8 @@ class Recogniser:
         for name, threshold in (("beam_threshold", beam_threshold), ("view_threshold", view_threshold)):
             if threshold is not None:
                 check_number(name, threshold, minimum=0)
+        if precision is not None and precision not in PRECISIONS:
+            raise InputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
         if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
             raise InputError(f"lm must be a path, the name of a released model, None or False; got {type_name(lm)}")
         decoding = self.loaded.config.decoding
@@ -375,6 +383,8 @@ class Recogniser:
             decoding = replace(decoding, warps=as_numbers("warps", warps))
         if view_threshold is not None:
             decoding = replace(decoding, view_threshold=float(view_threshold))
+        if precision is not None:
+            decoding = replace(decoding, precision=precision)
         return check_decoding(self.loaded.config, decoding)
 
     def search_setup(self, decoding: DecodingConfig, lm: LanguageModel = None) -> SearchSetup:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from las_fast.arguments import (
-    add_beam_options,
     add_device_option,
     add_lm_option,
+    add_search_options,
     add_vad_option,
-    add_view_options,
     as_output,
     as_recording,
     check_nbest,
@@ -87,8 +86,7 @@ def parser() -> Parser:
     add("--lines", type=int, default=2, metavar="N", help="maximum lines of a cue of srt and vtt (default: 2)")
     add("--word-times", action="store_true", help="with vtt: a time tag per word, for players that highlight words")
     add("--nbest", type=int, default=1, metavar="N", help="with json: maximum hypotheses per segment (default: 1)")
-    add_beam_options(parser)
-    add_view_options(parser)
+    add_search_options(parser)
     add_lm_option(parser)
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help="leave out segments with a lower speech score, which are mostly noise; no effect without a CTC head "

@@ -363,6 +363,10 @@ def test_a_corrupt_checkpoint_is_an_error(workspace, capsys):
             ["--decoding.speeds", "0.8", "1", "--speeds", "1"],
             "--speeds 1 and --decoding.speeds 0.8 1 disagree; give one of them",
         ),
+        (
+            ["--precision", "bf16", "--decoding.precision", "fp32"],
+            "--precision bf16 and --decoding.precision fp32 disagree; give one of them",
+        ),
         (["--decoding.beam", "4", "--beam", "8"], "--beam 8 and --decoding.beam 4 disagree; give one of them"),
         (["--beam-threshold", "-1"], "--beam-threshold must be a finite number of at least 0; got -1"),
         (["--decoding.beam-threshold", "-1"], "decoding.beam_threshold must be at least 0; got -1"),

@@ -25,6 +25,7 @@ import las_fast
 from las_fast import decode, lm, recogniser, transcribe
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
+from las_fast.ops import backends
 from las_fast.output.formats import FORMATS, word_row
 from las_fast.search import beam, dataset, ngram
 from las_fast.search.confidence import Calibration, Regression, calibration_path_for
@@ -272,25 +273,12 @@ INVALID_RECORDINGS = {
         {"speeds": (1, 0.9), "warps": (1, 1, 1)},
         "must have the same number of values, or",
     ),
-    "view threshold '1'": (
-        SPEECH,
-        RATE,
-        {"view_threshold": "1"},
-        "view_threshold must be a number of at least 0",
-    ),
-    "view threshold -1": (
-        SPEECH,
-        RATE,
-        {"view_threshold": -1},
-        "view_threshold must be a number of at least 0",
-    ),
+    "view threshold '1'": (SPEECH, RATE, {"view_threshold": "1"}, "view_threshold must be a number of at least"),
+    "view threshold -1": (SPEECH, RATE, {"view_threshold": -1}, "view_threshold must be a number of at least"),
     "view threshold inf": (SPEECH, RATE, {"view_threshold": np.inf}, "decoding.view_threshold must be a finite number"),
-    "view threshold NaN": (
-        SPEECH,
-        RATE,
-        {"view_threshold": np.nan},
-        "view_threshold must be a number of at least 0",
-    ),
+    "view threshold NaN": (SPEECH, RATE, {"view_threshold": np.nan}, "view_threshold must be a number of at least"),
+    "precision fp16": (SPEECH, RATE, {"precision": "fp16"}, "precision must be one of 'auto', 'fp32', 'bf16', 'int8'"),
+    "precision []": (SPEECH, RATE, {"precision": []}, "precision must be one of 'auto', 'fp32', 'bf16', 'int8'"),
     "warp NaN": (SPEECH, RATE, {"warps": (np.nan,)}, "decoding.warps must be a finite number; got nan"),
     "nbest 0": (SPEECH, RATE, {"nbest": 0}, "nbest must be a whole number of at least 1; got 0"),
     "nbest 1001": (SPEECH, RATE, {"nbest": 1001}, "nbest must be at most 1000, the largest beam; got 1001"),
@@ -301,6 +289,16 @@ INVALID_RECORDINGS = {
     "an unknown vad": (SPEECH, RATE, {"vad": "webrtc"}, "vad must be 'energy' or 'silero'; got 'webrtc'"),
     "NaN as a limit": (SPEECH, RATE, {"min_speech_score": np.nan}, "min_speech_score must be a number; got nan"),
 }
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_precision_reaches_the_search(model, precision):
+    if precision == "int8" and (reason := backends.unavailable("speller_search", "cpp")):
+        pytest.skip(reason)
+    features = np.random.default_rng(0).standard_normal((60, 20))
+    scores = {name: model.decode(features, precision=name)[0].score for name in ("auto", "fp32", precision)}
+    assert scores["auto"] == scores["fp32"] != scores[precision] == pytest.approx(scores["fp32"], rel=0.05)
+    assert model.settings(precision=precision) == replace(model.settings(), precision=precision)
 
 
 def test_a_beam_threshold_drops_hypotheses(model):

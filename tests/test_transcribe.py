@@ -483,15 +483,15 @@ def test_progress_has_the_total_length_of_all_recordings(workspace, monkeypatch)
     assert work.shown[0][0] == pytest.approx(25.6)
 
 
-def test_beam_views_and_language_model_reach_the_search(monkeypatch):
+def test_beam_views_precision_and_language_model_reach_the_search(monkeypatch):
     work = Work(monkeypatch, {"a": [1.0]})
     work.run()
     views = ["--speeds", "0.8", "1", "--warps", "1.1", "--view-threshold", "0.4"]
-    work.run("--beam", "7", "--beam-threshold", "2.5", *views, "--lm", "text.arpa")
-    names = ("beam", "beam_threshold", "speeds", "warps", "view_threshold", "lm")
+    work.run("--beam", "7", "--beam-threshold", "2.5", *views, "--precision", "bf16", "--lm", "text.arpa")
+    names = ("beam", "beam_threshold", "speeds", "warps", "view_threshold", "precision", "lm")
     calls = (
         dict.fromkeys(names),
-        dict(zip(names, (7, 2.5, [0.8, 1.0], [1.1], 0.4, "text.arpa"), strict=True)),
+        dict(zip(names, (7, 2.5, [0.8, 1.0], [1.1], 0.4, "bf16", "text.arpa"), strict=True)),
     )
     assert work.asked == [calls[0], ("settings", None), calls[1], ("settings", "text.arpa")]
 

@@ -105,9 +105,10 @@ def beam_search(
 def packed_weights(model, config: DecodingConfig, device: str | torch.device, backend: str = "auto") -> Tensor | None:
     """Pack the weights for the C++ search, to share between batches; None if that search is not used.
 
-    The copy does not track later weight updates.
+    The copy does not track later weight updates. Raises InputError for precision int8 if that search is not used.
     """
     if not is_native(model, backend, torch.device(device)):
+        _refuse_int8(config)
         return None
     return speller_pack(model.speller.weights(), device, precision=native_precision(config))
 
@@ -143,6 +144,11 @@ def _device_context(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def _refuse_int8(config: DecodingConfig) -> None:
+    if config.precision == "int8":
+        raise InputError("decoding.precision int8 needs the C++ search of a LAS on a CPU; set it to bf16 or auto")
+
+
 def choose_search(
     search: Search, memory, *, capture: bool | None = None
 ) -> Callable[[Search, Any, TokenLimits], Steps]:
@@ -152,8 +158,7 @@ def choose_search(
     """
     if capture is None and is_native(search.model, search.backend, memory.lengths.device):
         return search_natively
-    if search.config.precision == "int8":
-        raise InputError("decoding.precision int8 needs the C++ search of a LAS on a CPU; set it to bf16 or auto")
+    _refuse_int8(search.config)
     if search.config.precision == "bf16" and type(search.model) is not LAS:  # a subclass may override step
         raise InputError("decoding.precision bf16 needs a LAS, and not a subclass of it; set it to auto")
     if capture is None:

@@ -20,11 +20,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from las_fast.arguments import (
-    add_beam_options,
     add_device_option,
     add_lm_option,
+    add_search_options,
     add_vad_option,
-    add_view_options,
     check_nbest,
     check_transcription_options,
     search_options,
@@ -56,8 +55,7 @@ def parser() -> Parser:
         "passwords or encryption (default: 127.0.0.1)")  # fmt: skip
     add("--port", type=int, default=8000, help="port to listen on; 0 chooses a free one (default: 8000)")
     add_options(parser)
-    add_beam_options(parser)
-    add_view_options(parser)
+    add_search_options(parser)
     add_lm_option(parser)
     add("--batch-seconds", type=float, default=BATCH_SECONDS, metavar="N",
         help="seconds of speech decoded together; 0: one segment at a time "

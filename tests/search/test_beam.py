@@ -398,6 +398,12 @@ def test_a_model_that_cannot_be_searched_in_low_precision_is_refused(precision, 
     assert actual == beam_search(ToyModel(), memory([1], [4]), config())
 
 
+def test_int8_is_refused_before_the_search_where_there_is_no_search_for_it():
+    with pytest.raises(InputError, match=r"decoding.precision int8 needs the C\+\+ search of a LAS on a CPU"):
+        packed_weights(ToyModel(), config(precision="int8"), "cpu")
+    assert packed_weights(ToyModel(), config(precision="bf16"), "cpu") is None
+
+
 def test_the_length_reward_counts_every_token_except_eos():
     one, model = memory([1], [4]), ToyModel()
     table = torch.randn(1, V, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
