@@ -65,10 +65,10 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "applies to all (default: the checkpoint's)")  # fmt: skip
     add("--view-threshold", type=float, metavar="X",
         help="an utterance whose score is at least -X nats per token is not decoded at further speeds and warps; 0: "
-        "each is decoded at all (default: the checkpoint's)")  # fmt: skip
+        "every utterance is decoded at every speed (default: the checkpoint's)")  # fmt: skip
     add("--precision", choices=PRECISIONS,
-        help="precision of matmuls; bf16 and int8 are faster on most processors and change few texts; int8 is for CPUs "
-        "(default: the checkpoint's)")  # fmt: skip
+        help="precision of matmuls; auto: fp32; bf16 and int8 (CPU only) change few texts and are faster where the "
+        "processor has instructions for them (default: the checkpoint's)")  # fmt: skip
 
 
 def check_search_options(options: argparse.Namespace) -> None:

@@ -280,7 +280,7 @@ class DecodingConfig:
     # sample_rate, mel_bins and lifter must be those of an archive's features
     warps: tuple[float, ...] = number((1.0,), at_least=0.5, at_most=1.5)
     # an utterance whose score is at least -view_threshold nats per token is not decoded at further speeds and warps;
-    # 0: every utterance is decoded at all
+    # 0: every utterance is decoded at every speed
     view_threshold: float = number(0.0)
     frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
     # dtype of matmuls; int8 is for the speller on a CPU and implies bf16 for the listener; auto: fp32

@@ -154,7 +154,8 @@ class Recogniser:
                               highest score is kept; a single speed or warp applies to all. By default those of the
                               checkpoint's settings. (1,) and (1,) decode it once, as it is.
             view_threshold:   a segment whose score is at least -view_threshold nats per token is not decoded at further
-                              speeds and warps; 0: each is decoded at all; by default that of the checkpoint's settings.
+                              speeds and warps; 0: every segment is decoded at every speed; by default that of the
+                              checkpoint's settings.
             precision:        of matmuls: "fp32", "bf16" or, on a CPU, "int8"; "auto" is "fp32"; by default that of the
                               checkpoint's settings.
             lm:               file of a language model, or name of a released one; its weight is that of the settings;
