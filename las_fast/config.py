@@ -433,8 +433,8 @@ def _view_rules(decoding: DecodingConfig) -> list[Rule]:
         (min(counts) > 0, "decoding.speeds and decoding.warps need a value each; 1 means unchanged"),
         (
             counts[0] == counts[1] or 1 in counts,
-            "decoding.speeds and decoding.warps must have the same number of values, or one of them a single value; "
-            f"got {counts[0]} and {counts[1]}; give both",
+            f"decoding.speeds has {counts[0]} values and decoding.warps {counts[1]}; give as many of both, or a single "
+            "one of either",
         ),
     ]
 

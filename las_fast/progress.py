@@ -82,7 +82,7 @@ class ProgressBar:
         if self._bar is not None:
             with self._ignoring_errors():
                 self._bar.close()
-        elif self._has_printed and self.n == self.total:
+        elif self._has_printed and self.total in (None, self.n):
             self._print(f"{self._count()} in {format_duration(time.monotonic() - self._began)}")
 
     def __enter__(self) -> ProgressBar:

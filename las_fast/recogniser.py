@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypedDict, TypeGuard, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ class DecodingOptions(TypedDict, total=False):
 
     beam: int | None
     beam_threshold: float | None
-    speeds: Sequence[float] | None
-    warps: Sequence[float] | None
+    speeds: float | Sequence[float] | None
+    warps: float | Sequence[float] | None
     view_threshold: float | None
     precision: Precision | None
     lm: LanguageModel
@@ -128,8 +128,8 @@ class Recogniser:
         *,
         beam: int | None = None,
         beam_threshold: float | None = None,
-        speeds: Sequence[float] | None = None,
-        warps: Sequence[float] | None = None,
+        speeds: float | Sequence[float] | None = None,
+        warps: float | Sequence[float] | None = None,
         view_threshold: float | None = None,
         precision: Precision | None = None,
         lm: LanguageModel = None,
@@ -152,7 +152,7 @@ class Recogniser:
             speeds, warps:    each segment is decoded at these speeds (0.5 to 2; 2: twice as fast), in this order, with
                               the factor on its frequencies (0.5 to 1.5) at the same position, and the text with the
                               highest score is kept; a single speed or warp applies to all. By default those of the
-                              checkpoint's settings. (1,) and (1,) decode it once, as it is.
+                              checkpoint's settings. 1 and 1 decode it once, as it is.
             view_threshold:   a segment whose score is at least -view_threshold nats per token is not decoded at further
                               speeds and warps; 0: every segment is decoded at every speed; by default that of the
                               checkpoint's settings.
@@ -350,8 +350,8 @@ class Recogniser:
         *,
         beam: int | None = None,
         beam_threshold: float | None = None,
-        speeds: Sequence[float] | None = None,
-        warps: Sequence[float] | None = None,
+        speeds: float | Sequence[float] | None = None,
+        warps: float | Sequence[float] | None = None,
         view_threshold: float | None = None,
         precision: Precision | None = None,
         lm: LanguageModel = None,
@@ -466,17 +466,23 @@ class Recogniser:
 
 def check_number(name: str, value: object, *, minimum: float = -math.inf) -> None:
     """Raise InputError if an option is not a number, of NumPy or of Python, that is at least `minimum`."""
-    if not isinstance(value, Real) or not float(value) >= minimum:
+    if not is_number(value) or not float(value) >= minimum:
         limit = f" of at least {minimum:g}" if math.isfinite(minimum) else ""
         raise InputError(f"{name} must be a number{limit}; got {value!r}")
 
 
 def as_numbers(name: str, values: object) -> tuple[float, ...]:
-    """Return a list, tuple or vector of numbers as a tuple; raise InputError if it is something else."""
+    """Return a number, or a list, tuple or vector of numbers, as a tuple; raise InputError if it is something else."""
     numbers = to_numpy(values).tolist() if is_array(values) else values
-    if not isinstance(numbers, (list, tuple)) or not all(isinstance(number, Real) for number in numbers):
-        raise InputError(f"{name} must be a list of numbers; got {values!r}")
+    numbers = [numbers] if isinstance(numbers, Real) else numbers
+    if not isinstance(numbers, (list, tuple)) or not all(map(is_number, numbers)):
+        raise InputError(f"{name} must be a number or a list of numbers; got {values!r}")
     return tuple(map(float, numbers))
+
+
+def is_number(value: object) -> TypeGuard[Real]:
+    """Return whether a value is a number, of NumPy or of Python, and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_nbest(nbest: int, beam: int) -> None:

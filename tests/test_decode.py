@@ -358,7 +358,10 @@ def test_a_corrupt_checkpoint_is_an_error(workspace, capsys):
             ["--view-threshold", "0.5", "--decoding.view-threshold", "0.4"],
             "--view-threshold 0.5 and --decoding.view-threshold 0.4 disagree; give one of them",
         ),
-        (["--speeds", "1", "0.9", "--warps", "1", "1", "1.1"], "the same number of values, or one of them a single"),
+        (
+            ["--speeds", "1", "0.9", "--warps", "1", "1", "1.1"],
+            "speeds has 2 values and decoding.warps 3; give",
+        ),
         (
             ["--decoding.speeds", "0.8", "1", "--speeds", "1"],
             "--speeds 1 and --decoding.speeds 0.8 1 disagree; give one of them",

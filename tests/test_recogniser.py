@@ -260,18 +260,24 @@ INVALID_RECORDINGS = {
     "threshold inf": (SPEECH, RATE, {"beam_threshold": np.inf}, "decoding.beam_threshold must be a finite number"),
     "threshold '3'": (SPEECH, RATE, {"beam_threshold": "3"}, "beam_threshold must be a number of at least 0; got '3'"),
     "no speed": (SPEECH, RATE, {"speeds": []}, "decoding.speeds and decoding.warps need a value each; 1 means"),
-    "a speed": (SPEECH, RATE, {"speeds": 0.9}, "speeds must be a list of numbers; got 0.9"),
-    "speed '1'": (SPEECH, RATE, {"speeds": ["1"]}, r"speeds must be a list of numbers; got \['1'\]"),
-    "a scalar speed": (SPEECH, RATE, {"speeds": np.array(0.9)}, r"speeds must be a list of numbers; got array\(0.9\)"),
-    "a table": (SPEECH, RATE, {"speeds": np.ones((1, 2))}, "speeds must be a list of numbers; got array"),
-    "a dict": (SPEECH, RATE, {"warps": {1.0: 2}}, "warps must be a list of numbers; got {1.0: 2}"),
-    "warps '1'": (SPEECH, RATE, {"warps": "1"}, "warps must be a list of numbers; got '1'"),
+    "speed '1'": (SPEECH, RATE, {"speeds": ["1"]}, r"speeds must be a number or a list of numbers; got \['1'\]"),
+    "speed True": (SPEECH, RATE, {"speeds": True}, "speeds must be a number or a list of numbers; got True"),
+    "speeds True": (SPEECH, RATE, {"speeds": [1, True]}, "speeds must be a number or a list of numbers; got"),
+    "threshold True": (
+        SPEECH,
+        RATE,
+        {"beam_threshold": True},
+        "beam_threshold must be a number of at least 0",
+    ),
+    "a table": (SPEECH, RATE, {"speeds": np.ones((1, 2))}, "speeds must be a number or a list of numbers; got array"),
+    "a dict": (SPEECH, RATE, {"warps": {1.0: 2}}, "warps must be a number or a list of numbers; got {1.0: 2}"),
+    "warps '1'": (SPEECH, RATE, {"warps": "1"}, "warps must be a number or a list of numbers; got '1'"),
     "warp 2": (SPEECH, RATE, {"warps": (1, 2)}, "decoding.warps must be at most 1.5; got 2"),
     "three warps": (
         SPEECH,
         RATE,
         {"speeds": (1, 0.9), "warps": (1, 1, 1)},
-        "must have the same number of values, or",
+        "decoding.speeds has 2 values and decoding.warps 3; give",
     ),
     "view threshold '1'": (SPEECH, RATE, {"view_threshold": "1"}, "view_threshold must be a number of at least"),
     "view threshold -1": (SPEECH, RATE, {"view_threshold": -1}, "view_threshold must be a number of at least"),
@@ -289,6 +295,11 @@ INVALID_RECORDINGS = {
     "an unknown vad": (SPEECH, RATE, {"vad": "webrtc"}, "vad must be 'energy' or 'silero'; got 'webrtc'"),
     "NaN as a limit": (SPEECH, RATE, {"min_speech_score": np.nan}, "min_speech_score must be a number; got nan"),
 }
+
+
+@pytest.mark.parametrize("speed", [0.9, np.float32(0.9), np.array(0.9), [0.9], (0.9,), np.array([0.9])])
+def test_a_single_speed_needs_no_list(model, speed):
+    assert model.settings(speeds=speed).speeds == pytest.approx((0.9,))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

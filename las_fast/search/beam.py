@@ -146,7 +146,9 @@ def _device_context(device: torch.device) -> contextlib.AbstractContextManager:
 
 def _refuse_int8(config: DecodingConfig) -> None:
     if config.precision == "int8":
-        raise InputError("decoding.precision int8 needs the C++ search of a LAS on a CPU; set it to bf16 or auto")
+        raise InputError(
+            "decoding.precision int8 needs a CPU, and the C++ extension of las_fast; choose bf16 or fp32, or run on cpu"
+        )
 
 
 def choose_search(

@@ -275,7 +275,7 @@ def test_recordings_are_transcribed_and_features_decoded_in_every_view(workspace
         (
             DecodingConfig(speeds=(1.0, 0.8), warps=(1.0, 1.1, 1.2)),
             {},
-            "decoding.warps must have the same number of values, or one of them a single value; got 2 and 3; give both",
+            "decoding.speeds has 2 values and decoding.warps 3; give as many of both, or a single one of either",
         ),
         (DecodingConfig(view_threshold=-0.1), {}, "decoding.view_threshold must be at least 0; got -0.1"),
         (DecodingConfig(speeds=(0.4,)), {}, "decoding.speeds must be at least 0.5; got 0.4"),
