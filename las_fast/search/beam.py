@@ -147,7 +147,7 @@ def _device_context(device: torch.device) -> contextlib.AbstractContextManager:
 def _refuse_int8(config: DecodingConfig) -> None:
     if config.precision == "int8":
         raise InputError(
-            "decoding.precision int8 needs a CPU, and the C++ extension of las_fast; choose bf16 or fp32, or run on cpu"
+            "decoding.precision int8 needs a LAS (no subclass of it) on a CPU, and the C++ extension; set it to auto"
         )
 
 
