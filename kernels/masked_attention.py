@@ -10,9 +10,9 @@ maximum, l the sum and a the unnormalised average of the frames so far:
 Bytes: keys, values, queries and results are moved once for the whole beam; padding is never read. Long utterances are
 split into ranges of at least MIN_RANGE frames, so that one utterance occupies many multiprocessors: each range writes
 its average and finish_kernel merges them. A range has at least 48 frames per query, so that the averages add at most 5%
-to the bytes. The length of a range depends on K only: an utterance is summed in the same order alone, in any batch,
-with any padding. If the weights are wanted, finish_kernel also turns the scores that forward_kernel left in `weights`
-into weights.
+to the bytes. The length of a range does not depend on B or T: an utterance is summed in the same order alone, in any
+batch, with any padding. If the weights are wanted, finish_kernel also turns the scores that forward_kernel left in
+`weights` into weights.
 
 The backward pass iterates in the same way. It recomputes the weights from logsumexp and writes the gradients of each
 frame once.

@@ -16,8 +16,9 @@ part of cell 1. So `operands` holds the inputs of each layer at every step, and 
 over all of them.
 
 The number of the token is read from `position`, two integers in device memory that are used in turn: the attention of
-token u reads one and writes u + 1 to the other. So each pass captures a CUDA graph of CHUNK tokens, an even number, and
-replays it to the end: the host launches 16 tokens instead of all. Launches past the last token do nothing.
+token u reads one and writes u + 1 to the other; in the backward pass cell 1 writes u - 1. So each pass launches one
+token, captures a CUDA graph of the next CHUNK tokens, an even number, and replays it to the end: the host launches
+1 + CHUNK tokens instead of all. Launches past the last token do nothing.
 
 This file launches the kernels of unroll_forward.py and unroll_backward.py, which share unroll_layout.py.
 """

@@ -1,6 +1,8 @@
 """The backward kernels of speller_unroll, and the gradients that are one matmul over all steps.
 
-Each bind_ function returns a kernel's launch with all arguments but the position.
+bind_input_gradient and bind_attend_gradient return a kernel's launch with all arguments but `position`.
+bind_cell_gradients returns a launch per cell, from the last to the first, with all arguments but `position` and
+`next_position`.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def _unmet_by_triton() -> str | None:
     if capabilities and (best := max(capabilities)) < MIN_CAPABILITY:
         needed, present = (f"{major}.{minor}" for major, minor in (MIN_CAPABILITY, best))
         name = torch.cuda.get_device_name(capabilities[best])
-        return f"the Triton kernels need a GPU of compute capability {needed} or higher, and {name} has {present}"
+        problem = f"the Triton kernels need a GPU of compute capability {needed} or higher, and {name} has {present}"
+        return f"{problem}. Use backend='auto'"
     if (missing := missing_for_triton()) and not _triton_has_compiled():
         return "Triton compiles code when a kernel is first launched, but {}. {}".format(*missing)
     return None
@@ -193,7 +194,7 @@ def detached(x: torch.Tensor) -> torch.Tensor:
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"las_fast runs on its slower reference paths: {reason}", SlowPathWarning, stacklevel=4)
+        warnings.warn(f"las_fast runs on slower PyTorch paths: {reason}", SlowPathWarning, stacklevel=4)
 
 
 def register(

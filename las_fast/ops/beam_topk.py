@@ -4,15 +4,15 @@
                       with CTC: (1 - ctc.weight) * log_softmax(logits[k])[v] + ctc.weight * ctc.next_log_probs[k, v]
     step[k, v]      = model[k, v]; with an n-gram model + ngram.weight * ngram.log_probs[k, v]
     candidate[k, v] = scores[k] + step[k, v]; a finished beam has one candidate: eos at an unchanged score
-    rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
+    rank[k, v]      = candidate[k, v] * (1 / length[k] ** length_penalty) + coverage[k]
 
 The result is the K highest ranks; among equal ranks the lower flat index k * V + v comes first. With a beam threshold,
 an unfinished beam of the result is dropped (its score becomes -inf) if it is too far below the best one:
 
-    (best rank - rank) * tokens ** length_penalty > beam_threshold
+    (best rank - rank) * length ** length_penalty > beam_threshold
 
-where `tokens` is the number of tokens of that beam after the step. This is the threshold pruning of Lowerre 1976
-(Harpy) and of Freitag and Al-Onaizan 2017, in nats. In a search all unfinished beams have the same length: without
+where `length` is the number of tokens of a beam after the step, eos counted. This is the threshold pruning of Lowerre
+1976 (Harpy) and of Freitag and Al-Onaizan 2017, in nats. In a search all unfinished beams have the same length: without
 coverage, the left side is the difference of their scores. The score of a finished beam is scaled to the length of the
 other one, so a search ends as soon as all others are far below a finished beam.
 """
@@ -82,7 +82,7 @@ def beam_topk(
         lengths:   (B, K) int64 tokens of each beam so far, its eos counted.
         minimum:   (B,) int64 tokens that a beam must have before it may take eos; None: 0.
         maximum:   (B,) int64 tokens at which an unfinished beam must take eos (wins over minimum and threshold).
-        length_penalty: candidates are ranked by score / tokens ** length_penalty; 0 ranks by score.
+        length_penalty: candidates are ranked by score / length ** length_penalty; 0 ranks by score.
         eos_threshold:  eos is allowed only if its log-probability exceeds this factor times the best other one, both
                    from the logits alone; 0: always allowed.
         coverage:  (B, K) float32, finite; added to the rank of every candidate of a beam (Wu et al. 2016); None: 0.

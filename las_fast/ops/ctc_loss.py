@@ -35,9 +35,10 @@ def ctc_loss(
 ) -> Tensor:
     """Return the CTC loss of each utterance, (B,); 0 if no path spells the transcript, as with too few frames.
 
-    Differentiable once in logits. Computed in log space in float32 (float64 for float64 logits). The reference is
-    torch's ctc_loss, which is scalar code on a CPU and makes the host wait on CUDA. In C++ the result of an utterance
-    is bit-identical in any batch and with any number of threads.
+    Differentiable once in logits. Computed in log space in float32 (float64 for float64 logits); in Triton the gradient
+    ends with a matmul, which uses tf32 if torch.set_float32_matmul_precision allows it. The reference is torch's
+    ctc_loss, which is scalar code on a CPU and makes the host wait on CUDA. In C++ the result of an utterance is
+    bit-identical in any batch and with any number of threads.
 
     Args:
         logits:        (B, T, V) of floats; V includes the blank, which is token 0.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from las_fast.ops import backends
 
-WORD = 32  # tokens per mask
+MASK_BITS = 32  # tokens per mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +46,8 @@ class NgramModel:
 
     def add_to_all_but(self, token: int, value: float) -> NgramModel:
         """Return the model with `value` added to the log-probabilities of all tokens but one."""
-        word, bit = token // WORD, token % WORD
-        masks, first = self.rows[:, 2 * word].long(), self.rows[:, 2 * word + 1].long()
+        mask_index, bit = token // MASK_BITS, token % MASK_BITS
+        masks, first = self.rows[:, 2 * mask_index].long(), self.rows[:, 2 * mask_index + 1].long()
         A = len(self.arcs)
         arc_of_token = torch.where((masks >> bit & 1).bool(), first + _bit_count(masks & ((1 << bit) - 1)), A)
         unchanged = torch.zeros(A + 1, dtype=torch.bool, device=masks.device).scatter_(0, arc_of_token, True)[:A]
@@ -75,12 +75,12 @@ def table_model(table: Tensor, sos: int) -> NgramModel:
         order, rows = order + 1, rows * V
     if rows != S or table.dtype != torch.float32:
         raise ValueError(f"a table must be ({V} ** n, {V}) float32; got {tuple(table.shape)} {table.dtype}")
-    device, words = table.device, -(-V // WORD)
+    device, masks_per_row = table.device, -(-V // MASK_BITS)
     states, tokens = torch.arange(S, device=device), torch.arange(V, device=device)
-    begins = torch.arange(words, device=device) * WORD
-    masks = (1 << (V - begins).clamp(max=WORD)) - 1
+    begins = torch.arange(masks_per_row, device=device) * MASK_BITS
+    masks = (1 << (V - begins).clamp(max=MASK_BITS)) - 1
     first = states[:, None] * V + begins
-    rows_of_masks = torch.stack((masks.expand(S, words), first), -1).flatten(1)
+    rows_of_masks = torch.stack((masks.expand(S, masks_per_row), first), -1).flatten(1)
     packed = torch.cat((rows_of_masks, torch.zeros(S, 2, dtype=torch.int64, device=device)), 1)
     following = (states[:, None] * V + tokens) % S
     arcs = torch.stack((table.contiguous().view(torch.int32), following.int()), -1).reshape(S * V, 2)
@@ -130,14 +130,15 @@ def ngram_scores(
 
 
 def _check(model: NgramModel, states: Tensor, parents: Tensor | None, tokens: Tensor | None) -> None:
-    words, device = -(-model.vocabulary_size // WORD), states.device
-    for name, part, width in (("rows", model.rows, 2 * words + 2), ("arcs", model.arcs, 2)):
+    masks_per_row, device = -(-model.vocabulary_size // MASK_BITS), states.device
+    for name, part, width in (("rows", model.rows, 2 * masks_per_row + 2), ("arcs", model.arcs, 2)):
         if part.ndim != 2 or part.shape[1] != width or part.dtype != torch.int32 or not len(part):
             raise ValueError(f"model.{name} must be (N, {width}) int32; got {tuple(part.shape)} {part.dtype}")
     if states.ndim != 2 or states.dtype != torch.int64:
         raise ValueError(f"states must be (B, K) int64; got {tuple(states.shape)} {states.dtype}")
     if (parents is None) != (tokens is None):
-        raise ValueError("parents and tokens must be given together")
+        got = "tokens" if parents is None else "parents"
+        raise ValueError(f"parents and tokens must be given together; got only {got}")
     for name, x in (("parents", parents), ("tokens", tokens)):
         if x is not None and (x.shape != states.shape or x.dtype != torch.int64):
             shape = tuple(states.shape)
@@ -157,11 +158,11 @@ def _reference(rows, arcs, V, order, states, parents, tokens) -> tuple[Tensor, T
 
 def _walk(rows: Tensor, arcs: Tensor, order: int, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-probability and the next state of each token in its state; all of one shape."""
-    word, bit = tokens // WORD, tokens % WORD
+    mask_index, bit = tokens // MASK_BITS, tokens % MASK_BITS
     arc, total = torch.zeros_like(states), torch.zeros(states.shape, device=states.device)
     found = torch.zeros_like(states, dtype=torch.bool)
     for _ in range(order):
-        masks, first = (rows[states, 2 * word + i].long() for i in (0, 1))
+        masks, first = (rows[states, 2 * mask_index + i].long() for i in (0, 1))
         arc = torch.where(found, arc, first + _bit_count(masks & ((1 << bit) - 1)))
         found = found | (masks >> bit & 1).bool()
         total = torch.where(found, total, total + rows[states, -1].view(torch.float32))

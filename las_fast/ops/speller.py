@@ -67,7 +67,7 @@ def step(
     below, hiddens, cells = weights.embedding[tokens], [], []
     for n, (gates, bias) in enumerate(zip(weights.gates, weights.gate_biases, strict=True)):
         parts = [below, torch.cat((state.context, state.hidden[0]), -1) if n == 0 else state.hidden[n]]
-        i, f, g, o = (_gates_int8 if int8 else _gates)(n, parts, gates, bias).chunk(4, -1)
+        i, f, g, o = (_gates_int8(n, parts, gates, bias) if int8 else _gates(parts, gates, bias)).chunk(4, -1)
         cells.append(torch.sigmoid(f) * state.cell[n] + torch.sigmoid(i) * torch.tanh(g))
         hiddens.append(torch.sigmoid(o) * torch.tanh(cells[-1]))
         below = hiddens[-1] if masks is None else hiddens[-1] * masks[n]
@@ -78,7 +78,7 @@ def step(
     return logits, attended, peaks, State(tuple(hiddens), tuple(cells), context)
 
 
-def _gates(_cell: int, parts: list[Tensor], weights: Tensor, bias: Tensor) -> Tensor:
+def _gates(parts: list[Tensor], weights: Tensor, bias: Tensor) -> Tensor:
     return F.linear(torch.cat(parts, -1), weights, bias)
 
 
@@ -116,3 +116,11 @@ def check_memory(weights: SpellerWeights, keys: Tensor, values: Tensor) -> None:
     E = weights.project.shape[1] - weights.query.shape[1]
     if values.shape != (B, T, E):
         raise ValueError(f"values must be (B, T, E) with B={B}, T={T}, E={E}; got {tuple(values.shape)}")
+
+
+def check_devices(keys: Tensor, **others: Tensor | Sequence[Tensor] | None) -> None:
+    """Raise ValueError unless all other tensors are on the device of keys."""
+    for name, tensors in others.items():
+        for x in [tensors] if isinstance(tensors, Tensor) else tensors or ():
+            if x.device != keys.device:
+                raise ValueError(f"{name} must be on {keys.device} like keys; got {x.device}")

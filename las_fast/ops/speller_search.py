@@ -25,7 +25,7 @@ from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk, check_beam_t
 from las_fast.ops.ctc_prefix import CtcState, ctc_prefix, ctc_start
 from las_fast.ops.masks import padding_mask
 from las_fast.ops.ngram_scores import NgramModel, NgramScores, ngram_scores, ngram_start
-from las_fast.ops.speller import SpellerWeights, State, check_memory, initial_state, step
+from las_fast.ops.speller import SpellerWeights, State, check_devices, check_memory, initial_state, step
 
 PRECISIONS = ("fp32", "bf16", "int8")
 COVERAGE_FLOOR = 0.01  # lower clamp of a frame's attention, so that its logarithm is finite
@@ -124,8 +124,9 @@ def speller_search(
     if backends.choose("speller_search", backend, keys.device, keys.dtype) == "reference":
         return _reference(weights, keys, values, lengths, options, int8=precision == "int8")
     model = (None, None, 0, 0) if ngram is None else (ngram.rows, ngram.arcs, ngram.order, ngram.start)
-    flat = (*options[: Options._fields.index("ngram")], *model, *options[Options._fields.index("ngram_weight") :])
-    steps = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *flat, precision, packed)
+    flat = (beam, sos, eos, minimum, maximum, length_penalty, eos_threshold, coverage_weight, *model, ngram_weight,
+            options.ctc_log_probs, ctc_weight, beam_threshold, precision, packed)  # fmt: skip
+    steps = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *flat)
     return Steps(*steps)
 
 
@@ -249,8 +250,10 @@ def _check_precision(precision: str) -> None:
 def _check(weights: SpellerWeights, keys, values, lengths, options: Options, precision: str) -> None:
     _check_precision(precision)
     check_memory(weights, keys, values)
+    tensors = {"lengths": lengths, "minimum": options.minimum, "maximum": options.maximum}
+    check_devices(keys, weights=weights.flat(), values=values, **tensors, ctc_log_probs=options.ctc_log_probs)
     B = keys.shape[0]
-    for name, x in (("lengths", lengths), ("minimum", options.minimum), ("maximum", options.maximum)):
+    for name, x in tensors.items():
         if x is not None and (x.shape != (B,) or x.dtype != torch.int64):
             raise ValueError(f"{name} must be ({B},) int64; got {tuple(x.shape)} {x.dtype}")
     _check_options(options, B, weights.bias.shape[0])
@@ -260,6 +263,8 @@ def _check_options(options: Options, B: int, V: int) -> None:
     if options.beam < 1:
         raise ValueError(f"beam must be at least 1; got {options.beam}")
     check_beam_threshold(options.beam_threshold)
+    if not 0 <= options.ctc_weight <= 1:
+        raise ValueError(f"ctc_weight must be from 0 to 1; got {options.ctc_weight}")
     for name, token in (("sos", options.sos), ("eos", options.eos)):
         if not 0 <= token < V:
             raise ValueError(f"{name} must be a token from 0 to {V - 1}; got {token}")

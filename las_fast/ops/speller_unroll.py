@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from las_fast.ops import backends
 from las_fast.ops.masked_attention import masked_attention
 from las_fast.ops.masks import padding_mask
-from las_fast.ops.speller import SpellerWeights, check_memory, initial_state, step
+from las_fast.ops.speller import SpellerWeights, check_devices, check_memory, initial_state, step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PANEL = 32  # columns per panel of packed weights (csrc/memory.h): rows of saved tensors are padded to a multiple
@@ -76,7 +76,9 @@ def speller_unroll(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; the precision or backend is unknown.
-        RuntimeError: the named backend is not available here, or does not take the precision; a token is out of range.
+        RuntimeError: the named backend is not available here, or does not take the precision; in C++, a token is out
+            of range. (On a CPU the reference and fused raise IndexError for it. On a GPU it is an assertion of the
+            device.)
     """
     _check(weights, keys, values, lengths, tokens, sampled, masks, precision)
     reason = "has no fp16 matmuls" if precision == "fp16" else None
@@ -242,6 +244,8 @@ def _check(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     check_memory(weights, keys, values)
+    others = {"values": values, "lengths": lengths, "tokens": tokens, "sampled": sampled, "masks": masks}
+    check_devices(keys, weights=weights.flat(), **others)
     B = keys.shape[0]
     if lengths.shape != (B,) or lengths.dtype != torch.int64:
         raise ValueError(f"lengths must be ({B},) int64; got {tuple(lengths.shape)} {lengths.dtype}")
@@ -250,8 +254,9 @@ def _check(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
     if sampled is not None and (sampled.shape != tokens.shape or sampled.dtype != torch.bool):
         raise ValueError(f"sampled must be {tuple(tokens.shape)} bool; got {tuple(sampled.shape)} {sampled.dtype}")
     sizes = [(B, size) for size in weights.cell_sizes]
-    if masks is not None and [tuple(mask.shape) for mask in masks] != sizes:
-        raise ValueError(f"masks must be {sizes} or None; got {[tuple(mask.shape) for mask in masks]}")
+    if masks is not None and [(tuple(mask.shape), mask.dtype) for mask in masks] != [(s, torch.float32) for s in sizes]:
+        got = [f"{tuple(mask.shape)} {mask.dtype}" for mask in masks]
+        raise ValueError(f"masks must be {sizes} float32, or None; got {', '.join(got)}")
 
 
 FORWARD = (

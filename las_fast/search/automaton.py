@@ -12,7 +12,7 @@ from las_fast.text import SOS
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.ops import NgramModel
 
-WORD = 32  # tokens per mask
+MASK_BITS = 32  # tokens per mask
 
 
 def build_automaton(levels: tuple[Level, ...], V: int) -> NgramModel:
@@ -36,14 +36,16 @@ def build_automaton(levels: tuple[Level, ...], V: int) -> NgramModel:
 
 def _rows(levels: tuple[Level, ...], k: int, V: int, first_arc: int, first_lower: int) -> np.ndarray:
     """Return the rows of the contexts of levels[k], which have k tokens."""
-    level, words = levels[k], -(-V // WORD)
+    level, masks_per_row = levels[k], -(-V // MASK_BITS)
     contexts, tokens = len(level.contexts), level.ngrams % V
-    word = np.searchsorted(level.contexts, level.ngrams // V) * words + tokens // WORD
-    rows = np.zeros((contexts, 2 * words + 2), np.int32)
-    masks = np.bincount(word, 2.0 ** (tokens % WORD), contexts * words)  # exact: distinct powers of 2 below 2 ** 32
-    arcs = np.bincount(word, minlength=contexts * words)
-    rows[:, 0:-2:2] = masks.astype(np.uint32).view(np.int32).reshape(contexts, words)
-    rows[:, 1:-2:2] = (first_arc + np.cumsum(arcs) - arcs).reshape(contexts, words)
+    mask_index = np.searchsorted(level.contexts, level.ngrams // V) * masks_per_row + tokens // MASK_BITS
+    rows = np.zeros((contexts, 2 * masks_per_row + 2), np.int32)
+    masks = np.bincount(
+        mask_index, 2.0 ** (tokens % MASK_BITS), contexts * masks_per_row
+    )  # exact: distinct powers of 2 below 2 ** 32
+    arcs = np.bincount(mask_index, minlength=contexts * masks_per_row)
+    rows[:, 0:-2:2] = masks.astype(np.uint32).view(np.int32).reshape(contexts, masks_per_row)
+    rows[:, 1:-2:2] = (first_arc + np.cumsum(arcs) - arcs).reshape(contexts, masks_per_row)
     if k:
         rows[:, -2] = first_lower + np.searchsorted(levels[k - 1].contexts, level.contexts % V ** (k - 1))
     rows[:, -1] = level.backoffs.view(np.int32)

@@ -276,7 +276,7 @@ def test_triton_needs_a_gpu_of_compute_capability_8(monkeypatch):
     assert backends.unavailable("beam_topk", "triton") is None  # one of them suffices
     backends._unmet_by_triton.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((6, 1), (7, 5))[i])
-    message = "the Triton kernels need a GPU of compute capability 8.0 or higher, and T4 has 7.5"
+    message = "the Triton kernels need a GPU of compute capability 8.0 or higher, and T4 has 7.5. Use backend='auto'"
     assert backends.unavailable("beam_topk", "triton") == message
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(RuntimeWarning, match=message):

@@ -8,7 +8,7 @@ from calls import call, compile_and_count, ops_called, threads
 
 from las_fast.ops import NgramModel, backends, ngram_scores, ngram_start, table_model
 
-# (V, order): one token with and without characters left in a mask, mask borders, and several masks
+# (V, order): vocabularies below, at and above the 32 tokens of a mask, and of several masks
 SIZES = [(4, 1), (4, 3), (31, 2), (31, 6), (31, 12), (32, 3), (33, 3), (64, 2), (65, 3), (257, 3)]
 
 

@@ -712,6 +712,8 @@ def test_the_registered_op_passes_opcheck(cpp, precision, options):
         ({"precision": "fp16"}, "precision must be one of fp32, bf16, int8; got 'fp16'"),
         ({"beam": 0}, "beam must be at least 1; got 0"),
         ({"beam_threshold": -1.0}, "beam_threshold must be 0 or more, or infinity for none; got -1.0"),
+        ({"ctc_weight": 1.5}, "ctc_weight must be from 0 to 1; got 1.5"),
+        ({"ctc_weight": float("nan")}, "ctc_weight must be from 0 to 1; got nan"),
         ({"eos": 7}, "eos must be a token from 0 to 6; got 7"),
         ({"sos": -1}, "sos must be a token from 0 to 6; got -1"),
         ({"ctc_log_probs": torch.ones(3, 9, 6)}, r"ctc_log_probs must be \(B, T', V\) .* B=3, V=7; got \(3, 9, 6\)"),

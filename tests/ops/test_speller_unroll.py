@@ -38,7 +38,7 @@ SMALL = SIZES[4]
 
 @pytest.fixture(params=["fused", "cpp"])
 def fast_backend(request) -> str:
-    """Each backend besides the reference; skips those that are not available here."""
+    """The fused form and C++; tests/gpu_proof has the cases of Triton. Skips those that are not available here."""
     if reason := backends.unavailable("speller_unroll", request.param):
         pytest.skip(reason)
     return request.param
@@ -440,7 +440,7 @@ def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
 
 
 def test_results_too_large_for_the_memory_are_an_error_and_not_a_crash(cpp):
-    V, U = 2**22, 2**20
+    V, U = 2**24, 2**23  # 512 TiB of logits: more than an address space has
     weights, frame, lengths = random_weights(V, 1, (1,), 1, 1), torch.zeros(1, 1, 1), torch.tensor([1])
     tokens, sampled = torch.zeros(1, U, dtype=torch.int64), torch.zeros(1, U, dtype=torch.bool)
     with pytest.raises((RuntimeError, MemoryError), match="bad_alloc"):
