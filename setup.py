@@ -1,7 +1,7 @@
 """Build the package and its C++ extension las_fast._C; `python setup.py build_ext` writes it to las_fast/.
 
 The extension is optional. If the C++ compiler, Python's headers or torch is missing, `python setup.py build_ext` prints
-one line and skips it, and the package runs on its slower reference paths. Under pip that is an error; see
+one line and skips it, and the package runs on slower PyTorch paths. Under pip that is an error; see
 build_backend.py. If nothing is missing, a failed build is always an error.
 """
 
@@ -9,11 +9,18 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
+
+if sys.version_info < (3, 11):  # noqa: UP036 (without pip nothing checks requires-python)
+    raise SystemExit(f"las_fast needs Python 3.11 or newer; this is {sys.version.split()[0]}")
+if int(setuptools.__version__.partition(".")[0]) < 77:  # as in pyproject.toml; older ones cannot read its license
+    raise SystemExit(f"las_fast needs setuptools 77 or newer to build, and this is {setuptools.__version__}. "
+                     "Run: pip install --upgrade setuptools")  # fmt: skip
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import build_backend  # noqa: E402
-from las_fast.system import missing_for_build  # noqa: E402
+from las_fast.system import is_clang, missing_for_build  # noqa: E402
 
 FLAGS = [
     "-O3", "-g0", "-std=c++20",
@@ -23,7 +30,7 @@ FLAGS = [
 ]  # fmt: skip
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
-PACKAGING_COMMANDS = {"bdist_wheel", "install", "develop", "editable_wheel", "dist_info"}
+PACKAGING_COMMANDS = {"build", "bdist_wheel", "install", "develop", "editable_wheel", "dist_info"}
 
 
 def skip(reason: str, remedy: str) -> dict:
@@ -31,7 +38,7 @@ def skip(reason: str, remedy: str) -> dict:
     if build_backend.extension:
         raise SystemExit(build_backend.unbuilt(reason, remedy))
     print(
-        f"las_fast: {reason}, so the C++ extension is not built and the slower reference paths are used. "
+        f"las_fast: {reason}, so the C++ extension is not built and slower PyTorch paths are used. "
         f"To build it, {remedy} and run: python setup.py build_ext"
     )
     return {"install_requires": build_backend.runtime_dependencies(None)}
@@ -48,8 +55,11 @@ def extension() -> dict:
         build_backend.find_torch()
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        return skip("torch is not importable", "run pip install torch setuptools")
+    except ImportError as error:
+        return skip(f"torch cannot be imported ({error})", "install torch")
+    if is_clang():
+        print("las_fast: Clang builds vectors of 4 numbers only, and GCC those of AVX2, AVX-512 and AMX as well. "
+              "To use GCC, run: CXX=g++ python setup.py build_ext --force")  # fmt: skip
     flags = {"extra_compile_args": {"cxx": FLAGS}, "extra_link_args": ["-fopenmp"]}
     module = CppExtension("las_fast._C", SOURCES, depends=HEADERS, py_limited_api=True, **flags)
     return {
@@ -69,7 +79,7 @@ def build_options(torch_version: str) -> dict:
     return {
         "build": {"build_base": str(base), "build_lib": str(base / "lib")},
         "build_ext": {"inplace": "build_ext" in sys.argv},
-        "bdist_wheel": {"py_limited_api": "cp310"},
+        "bdist_wheel": {"py_limited_api": "cp310"},  # the interface that torch compiles for
     }
 
 

@@ -20,7 +20,7 @@
 #include "memory.h"
 #include "vector.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -59,7 +59,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_topk
   const Optional ngram_log_probs = contiguous(ngram_log_probs_in);
   const int64_t B = logits.size(0), K = logits.size(1), V = logits.size(2);
   const Inputs in{logits.const_data_ptr<float>(), scores.const_data_ptr<float>(), finished.const_data_ptr<bool>(),
-                  lengths.const_data_ptr<int64_t>(), B, K, V, block_count(V)};
+                  lengths.const_data_ptr<int64_t>(), K, V, block_count(V)};
   const Options options{eos,
                         data_or_null<int64_t>(min_lengths),
                         data_or_null<int64_t>(max_lengths),

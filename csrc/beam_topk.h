@@ -125,7 +125,7 @@ struct Inputs {
   const float *logits, *scores;  // (B, K, V), (B, K)
   const bool* finished;          // (B, K)
   const int64_t* lengths;        // (B, K)
-  int64_t B, K, V, blocks;
+  int64_t K, V, blocks;
 };
 
 // The values that rank the candidates of one beam.

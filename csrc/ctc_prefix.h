@@ -24,7 +24,6 @@ constexpr float MIN_SUM = 1e-30f;  // larger sums are accurate: terms that under
 
 // The CTC log-probabilities of one utterance.
 struct CtcLogProbs {
-  CtcLogProbs() = default;
   CtcLogProbs(const float* log, int64_t T, int64_t V) : log(log), T(T), V(V), max_log(V, -INFINITE) {
     while (this->T > 0 && is_padding(log + (this->T - 1) * V)) --this->T;
     for (int64_t t = 0; t < this->T; ++t)

@@ -77,7 +77,7 @@ class SearchWorker {
     }
     const UtteranceBeams& beams = slot.beams;
     const topk::Inputs in{logits_.data(),       beams.scores.data(), beams.ended.get(),
-                          beams.lengths.data(), 1, K, V, blocks};
+                          beams.lengths.data(), K, V, blocks};
     const topk::Options options = options_of(slot);
     best_.clear();
     for (int64_t k = 0; k < K; ++k)

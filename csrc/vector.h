@@ -6,6 +6,10 @@
 
 #pragma once
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 11
+#error "las_fast needs GCC 11 or newer; name one with CXX, such as CXX=g++-11"
+#endif
+
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>

@@ -63,6 +63,15 @@ def compiler() -> str:
     return (os.environ.get("CXX", "").split() or ["c++"])[0]
 
 
+def is_clang() -> bool:
+    """Return whether the C++ compiler is Clang."""
+    try:
+        done = subprocess.run([compiler(), "--version"], capture_output=True, text=True, errors="replace", timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return "clang" in done.stdout.lower()
+
+
 def is_installed(package: str) -> bool:
     """Return whether a package is installed; a folder of its name, which is a namespace package, is not."""
     spec = importlib.util.find_spec(package)
@@ -70,7 +79,9 @@ def is_installed(package: str) -> bool:
 
 
 def missing_for_build() -> tuple[str, str] | None:
-    """Return what is missing to compile the C++ extension, and how to install it; None if nothing is."""
+    """Return what is missing to compile the C++ extension, and what to do; None if nothing is."""
+    if sys.platform != "linux":
+        return f"this is {sys.platform} and not Linux", "use Linux"
     if shutil.which(compiler()) is None:
         return f"no C++ compiler ({compiler()})", "install g++"
     header = Path(sysconfig.get_path("include"), "Python.h")

@@ -17,8 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
-FLAGS = ["-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w", "-Wno-psabi"]
-FLAGS += ["-DTORCH_EXTENSION_NAME=_C"]
+FLAGS = ["-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w"]  # language and numbers as in setup.py
 
 
 def build(folder: Path, flags: list[str], *, sources: Path = SOURCES, includes: list[Path] = (), jobs: int = 1) -> Path:

@@ -110,7 +110,7 @@ cli.run(main)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     advice = "the extension is not built. Run: python setup.py build_ext"
-    assert done.stderr == f"warning: las_fast runs on its slower reference paths: {advice}\n"
+    assert done.stderr == f"warning: las_fast runs on slower PyTorch paths: {advice}\n"
 
 
 class Output(io.StringIO):

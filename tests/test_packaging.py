@@ -78,9 +78,20 @@ def test_without_torch_setup_says_so_in_one_line_and_succeeds():
     done = run_setup("sys.modules['torch'] = None")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert "torch is not importable" in line and line.endswith(
-        "run pip install torch setuptools and run: python setup.py build_ext"
+    assert line.startswith("las_fast: torch cannot be imported (import of torch halted; None in sys.modules)")
+    assert line.endswith("To build it, install torch and run: python setup.py build_ext")
+
+
+def test_an_older_setuptools_is_named_before_it_fails():
+    done = run_setup("import setuptools; setuptools.__version__ = '65.5.0'")
+    assert done.returncode == 1 and done.stderr == (
+        "las_fast needs setuptools 77 or newer to build, and this is 65.5.0. Run: pip install --upgrade setuptools\n"
     )
+
+
+def test_an_older_python_is_named_before_it_fails():
+    done = run_setup("import setuptools; sys.version_info = (3, 10, 4); sys.version = '3.10.4 (main)'")
+    assert done.returncode == 1 and done.stderr == "las_fast needs Python 3.11 or newer; this is 3.10.4\n"
 
 
 def test_without_the_extension_ops_run_with_a_single_warning():

@@ -107,6 +107,19 @@ def test_what_is_missing_for_the_extension_comes_with_the_package_that_has_it(mo
     assert str(tmp_path / "Python.h") in problem and advice.startswith("install python3-dev")
     (tmp_path / "Python.h").touch()
     assert system.missing_for_build() is None
+    monkeypatch.setattr(system.sys, "platform", "darwin")
+    assert system.missing_for_build() == ("this is darwin and not Linux", "use Linux")
+
+
+def test_clang_is_known_from_its_version(monkeypatch, tmp_path):
+    program = tmp_path / "c++"
+    for text, expected in (("Debian clang version 19.1.7", True), ("g++ (Debian 14.2.0-19) 14.2.0", False)):
+        program.write_text(f"#!/bin/sh\necho '{text}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("CXX", str(program))
+        assert system.is_clang() is expected
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not system.is_clang()
 
 
 def test_what_is_missing_for_triton_is_what_it_looks_for(monkeypatch, tmp_path):
