@@ -2,10 +2,11 @@
 
     Usual   LAS as most repositories write it: packed bidirectional nn.LSTM; per token an nn.LSTMCell, a mask and an
             output projection; encoder outputs repeated over the beam; hypotheses copied at every step.
-    Plain   as fast as PyTorch's own calls allow: channels-last convolutions; padded LSTMs, the backward direction on
-            reversed utterances; one matmul for the gates of a cell; mask and scaled keys computed once and shared by
-            the beam; one output projection for all tokens; back-pointers. In bfloat16 it trains under torch.autocast
-            and decodes with bfloat16 weights.
+    Plain   as fast as PyTorch's own eager calls allow on a CPU: channels-last convolutions; padded LSTMs, the backward
+            direction on reversed utterances; one matmul for the gates of a cell; mask and scaled keys computed once and
+            shared by the beam; one output projection for all tokens; back-pointers. In bfloat16 it trains under
+            torch.autocast and decodes with bfloat16 weights. On CUDA its cells are separate calls, without torch's
+            fused LSTM kernel.
     PlainPacked   Plain with the packed LSTM of Usual.
     PlainGraphed  Plain whose decoder loop is a CUDA graph, forward and backward.
 

@@ -27,11 +27,17 @@ def context() -> tuple:
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Append rows to a CSV file; a new file starts with the column names.
 
-    Absolute paths are shortened to their last two parts: those before say where this machine keeps its files.
+    Absolute paths are shortened to their last two parts: those before say where this machine keeps its files. Raises
+    ValueError if the file has other columns.
     """
     rows = [tuple(map(_shortened, row)) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+        if header != list(columns):
+            raise ValueError(f"{path} has the columns {header}, not {list(columns)}; convert it, or move it away")
     with path.open("a", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([*([columns] if new else []), *rows])
 

@@ -16,7 +16,7 @@ def test_beam_backtrack(measure, name, backend):
         pytest.skip(reason)
     L, B, K = SHAPES[name]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, 31, (L, B, K), generator=generator)
+    tokens = torch.randint(EOS, 31, (L, B, K), generator=generator)
     parents = torch.randint(0, K, (L, B, K), generator=generator)
     scores = -torch.rand(L, B, K, generator=generator).cumsum(0)
     attended_frames = torch.randint(0, 400, (L, B, K), generator=generator)

@@ -3,21 +3,15 @@
 import pytest
 import torch
 
+from benchmarks.library_calls import INDEX_SELECT, index_select
 from las_fast.ops import backends, beam_gather
 
 SHAPES = {"batch": (16, 8, 512), "one utterance": (1, 8, 512), "wide": (64, 32, 512)}
 STATES = 5
 
 
-def plain(states, parents):
-    """Flatten the beams and call index_select, as a plain search does."""
-    B, K = parents.shape
-    rows = (torch.arange(B)[:, None] * K + parents).flatten()
-    return [x.flatten(0, 1).index_select(0, rows).view_as(x) for x in states]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("path", ["reference", "cpp", "plain index_select"])
+@pytest.mark.parametrize("path", ["reference", "cpp", INDEX_SELECT])
 @pytest.mark.parametrize("name", SHAPES)
 def test_beam_gather(measure, name, path, dtype):
     B, K, N = SHAPES[name]
@@ -28,8 +22,8 @@ def test_beam_gather(measure, name, path, dtype):
         pytest.skip(reason)
 
     def run(backend=path):
-        if backend == "plain index_select":
-            return plain(states, parents)
+        if backend == INDEX_SELECT:
+            return index_select(states, parents)
         return beam_gather(states, parents, backend=backend)
 
     for actual, expected in zip(run(), run("reference"), strict=True):

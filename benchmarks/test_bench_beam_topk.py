@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.library_calls import TOPK, topk
 from las_fast.ops import Ngram, backends, beam_topk
+from las_fast.text import EOS
 
-EOS = 2
 SHAPES = {
     "characters": (16, 8, 31),
     "one utterance": (1, 8, 31),
@@ -30,15 +31,6 @@ def all_options(B, K, V):
     return options | {"ngram": Ngram(torch.randn(B, K, V, generator=generator).log_softmax(-1), 0.3)}
 
 
-def plain(logits, scores, finished):
-    """Log-softmax, mask and torch.topk; no end-of-sentence rules, no tie-breaking."""
-    frozen = torch.full((logits.shape[2],), -torch.inf)
-    frozen[EOS] = 0.0
-    log_probs = torch.where(finished[..., None], frozen, logits.log_softmax(-1))
-    best = (scores[..., None] + log_probs).flatten(1).topk(scores.shape[1])
-    return best.values, best.indices % logits.shape[2], best.indices // logits.shape[2]
-
-
 def shape_of(name):
     return " ".join(f"{letter}{size}" for letter, size in zip("BKV", SHAPES[name], strict=True))
 
@@ -48,14 +40,14 @@ def check(actual, expected):
     assert torch.equal(actual[1], expected[1]) and torch.equal(actual[2], expected[2])
 
 
-@pytest.mark.parametrize("path", ["reference", "cpp", "plain torch.topk"])
+@pytest.mark.parametrize("path", ["reference", "cpp", TOPK])
 @pytest.mark.parametrize("name", SHAPES)
 def test_beam_topk(measure, name, path):
     logits, scores, finished, lengths = make(*SHAPES[name])
 
     def run(backend=path):
-        if backend == "plain torch.topk":
-            return plain(logits, scores, finished)
+        if backend == TOPK:
+            return topk(logits, scores, finished)
         return beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, backend=backend)
 
     if path in backends.BACKENDS and (reason := backends.unavailable("beam_topk", path)):

@@ -48,13 +48,13 @@ def decode(checkpoint: Path, data: Path, threads: int) -> Run:
     command = [sys.executable, "-m", "las_fast.decode", *map(str, argv)]
     environment = os.environ | {"XDG_CACHE_HOME": str(data / "cache"), "OMP_NUM_THREADS": str(threads)}
     before, started = busy_seconds(), time.perf_counter()
-    with (data / "log").open("w+") as log:
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.DEVNULL)
+    with (data / "log").open("w+") as log, (data / "errors").open("w") as errors:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         output = log.read()
-    assert process.returncode == 0, output
+    assert process.returncode == 0, (data / "errors").read_text()
     result = json.loads(output.splitlines()[-1])
     other_seconds = busy_seconds() - before - usage.ru_utime - usage.ru_stime
     load = max(0.0, other_seconds) / (time.perf_counter() - started)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
+from benchmarks.library_calls import SDPA, sdpa
 from las_fast.ops import backends, masked_attention, padding_mask
 
 SHAPES = {
@@ -13,7 +13,7 @@ SHAPES = {
     "greedy": (1, 1, 400, 256, 256),
     "long": (1, 8, 8192, 256, 256),
 }
-PATHS = ["reference", "cpp", "torch sdpa"]
+PATHS = ["reference", "cpp", SDPA]
 
 
 def make(name, dtype):
@@ -26,9 +26,9 @@ def make(name, dtype):
 def attention(path, lengths, T, weights=False):
     """Return a function (query, keys, values) -> context; the masks are computed once, outside of it."""
     padding = padding_mask(lengths, T)
-    valid = ~padding[:, None]
-    if path == "torch sdpa":
-        return lambda *x: F.scaled_dot_product_attention(*x, attn_mask=valid)
+    valid = ~padding
+    if path == SDPA:
+        return lambda *x: sdpa(*x, valid)
     if reason := backends.unavailable("masked_attention", path):
         pytest.skip(reason)
     return lambda *x: masked_attention(*x, lengths, padding=padding, weights=weights, backend=path)[0]

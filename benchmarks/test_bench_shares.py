@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def fastest(run: Callable[[], object]) -> float:
-    """Return the shortest time of ROUNDS calls in seconds; peak throughput is measured the same way."""
+    """Return the shortest time of 1 + ROUNDS calls, in seconds; peak throughput is measured by the shortest, too."""
     times = []
     for _ in range(1 + ROUNDS):
         started = time.perf_counter()

@@ -6,7 +6,7 @@ device just before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from benchmarks.device.machine import bandwidth
 from benchmarks.device.parts import Options
 from benchmarks.device.record import Record
 from benchmarks.device.timing import DeviceTimer, backends_for
+from benchmarks.library_calls import INDEX_SELECT, SDPA, TOPK, index_select, sdpa, topk
 from las_fast.ops import (
     beam_backtrack,
     beam_gather,
@@ -34,7 +35,6 @@ from las_fast.ops import (
 )
 from las_fast.text import BLANK, EOS, SOS
 
-SDPA = "torch sdpa"  # scaled_dot_product_attention
 TORCH_CTC = "torch ctc_loss"  # with the lengths on the host; with those on the device, as the reference, the host waits
 
 
@@ -45,9 +45,9 @@ class Measurement:
     op: str
     shape: str
     dtype: torch.dtype
-    run: Callable[[str], object]  # takes the backend's name
+    run: Callable[[str], Sequence[Tensor | None]]  # takes the backend's name
     bytes: int  # minimum to move; 0 if memory is not the limit
-    others: tuple[str, ...] = ()  # names that `run` takes besides the op's backends
+    others: tuple[str, ...] = ()  # names that `run` takes besides the op's backends; may return the first tensors only
     what: str = ""  # label of the rows; by default the op's name
 
 
@@ -62,13 +62,25 @@ def run(options: Options, record: Record) -> None:
 
 
 def time_op(measurement: Measurement, device: str, timer: DeviceTimer, bytes_per_us: float, record: Record) -> None:
-    """Time a measurement on every backend that runs on the device, and on its `others`."""
+    """Time a measurement on every backend that runs on the device, and on its `others`, if their results are equal."""
+    expected = measurement.run("reference")
     bound = measurement.bytes / bytes_per_us or ""
     for backend in (*backends_for(measurement.op, device, measurement.dtype), *measurement.others):
         what = measurement.what or measurement.op
         labels = {"shape": measurement.shape, "dtype": str(measurement.dtype), "path": backend}
         with record.attempt(what, **labels):
+            check_equal(measurement.run(backend), expected, measurement.dtype)
             record.row(what, timer(lambda b=backend: measurement.run(b)), "us", bound=bound, **labels)
+
+
+def check_equal(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    """Raise AssertionError if results differ: integers at all, floats by more than sums in another order may."""
+    relative = 1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+    for x, y in zip(actual, expected, strict=False):
+        if x is None or y is None:
+            continue
+        largest = float(y.abs().nan_to_num(0.0, 0.0, 0.0).max()) if y.is_floating_point() and y.numel() else 0.0
+        torch.testing.assert_close(x, y, rtol=0.0, atol=relative * largest, check_dtype=False)
 
 
 def measurements(device: str) -> Iterator[Callable[[], Measurement]]:
@@ -77,7 +89,7 @@ def measurements(device: str) -> Iterator[Callable[[], Measurement]]:
     for B, T in ((16, 400), (64, 400), (1, 1600), (64, 1600), (1, 400), (16, 100)):
         yield lambda B=B, T=T: attention(B, T, full, device)
     for B, K, V in ((16, 8, 31), (64, 8, 31), (16, 8, 5000), (16, 8, 32000)):
-        yield lambda B=B, K=K, V=V: topk(B, K, V, device)
+        yield lambda B=B, K=K, V=V: pruning(B, K, V, device)
     for dtype in (torch.bfloat16, full):
         yield lambda dtype=dtype: attention_of_training(49, 161, dtype, device)
     for B, T, S in ((49, 645, 151), (16, 1600, 400)):
@@ -96,7 +108,7 @@ def small_measurements(device: str) -> Iterator[Callable[[], Measurement]]:
     """Yield the same functions at tiny sizes, to try the code."""
     yield lambda: attention(2, 20, torch.float32, device, K=3, D=8)
     yield lambda: attention_of_training(2, 20, torch.float32, device, D=8)
-    yield lambda: topk(2, 3, 31, device)
+    yield lambda: pruning(2, 3, 31, device)
     yield lambda: gather(2, 3, device)
     yield lambda: ctc(2, 20, 9, 5, device)
     yield lambda: ctc_times(2, 20, 9, 5, device)
@@ -108,11 +120,11 @@ def small_measurements(device: str) -> Iterator[Callable[[], Measurement]]:
 def attention(B: int, T: int, dtype: torch.dtype, device: str, K: int = 8, D: int = 256) -> Measurement:
     query, keys, values = (torch.randn(B, n, D, device=device).to(dtype) for n in (K, T, T))
     lengths = torch.full((B,), T, device=device)
-    valid = ~padding_mask(lengths, T)[:, None]
+    valid = ~padding_mask(lengths, T)
 
-    def run(backend: str) -> object:
+    def run(backend: str) -> Sequence[Tensor | None]:
         if backend == SDPA:
-            return F.scaled_dot_product_attention(query, keys, values, attn_mask=valid)
+            return (sdpa(query, keys, values, valid),)
         return masked_attention(query, keys, values, lengths, weights=False, backend=backend)
 
     moved = byte_count(query, query, keys, values)
@@ -124,7 +136,7 @@ def attention_of_training(B: int, T: int, dtype: torch.dtype, device: str, D: in
     query, keys, values = (torch.randn(B, n, D, device=device).to(dtype).requires_grad_() for n in (1, T, T))
     lengths = torch.full((B,), T, device=device)
 
-    def run(backend: str) -> object:
+    def run(backend: str) -> Sequence[Tensor | None]:
         context, weights = masked_attention(query, keys, values, lengths, backend=backend)
         return torch.autograd.grad((context.sum() + weights.sum()), (query, keys, values))
 
@@ -133,24 +145,28 @@ def attention_of_training(B: int, T: int, dtype: torch.dtype, device: str, D: in
     return Measurement("masked_attention", f"B{B} K1 T{T} D{D} E{D}", dtype, run, moved, what=what)
 
 
-def topk(B: int, K: int, V: int, device: str) -> Measurement:
+def pruning(B: int, K: int, V: int, device: str) -> Measurement:
     logits, scores = torch.randn(B, K, V, device=device), -torch.rand(B, K, device=device)
     finished, lengths = scores > -0.2, torch.full((B, K), 5, device=device)
 
-    def run(backend: str) -> tuple:
+    def run(backend: str) -> Sequence[Tensor | None]:
+        if backend == TOPK:
+            return topk(logits, scores, finished)
         return beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, backend=backend)
 
-    return Measurement("beam_topk", f"B{B} K{K} V{V}", torch.float32, run, byte_count(logits))
+    return Measurement("beam_topk", f"B{B} K{K} V{V}", torch.float32, run, byte_count(logits), (TOPK,))
 
 
 def gather(B: int, K: int, device: str) -> Measurement:
     states = [torch.randn(B, K, n, device=device) for n in (512, 512, 256, 256, 256)]
     parents = torch.randint(0, K, (B, K), device=device)
 
-    def run(backend: str) -> tuple:
+    def run(backend: str) -> Sequence[Tensor | None]:
+        if backend == INDEX_SELECT:
+            return index_select(states, parents)
         return beam_gather(states, parents, backend=backend)
 
-    return Measurement("beam_gather", f"B{B} K{K} N1792", torch.float32, run, 2 * byte_count(*states))
+    return Measurement("beam_gather", f"B{B} K{K} N1792", torch.float32, run, 2 * byte_count(*states), (INDEX_SELECT,))
 
 
 def ctc_prefixes(B: int, K: int, T: int, V: int, device: str) -> Measurement:
@@ -159,7 +175,7 @@ def ctc_prefixes(B: int, K: int, T: int, V: int, device: str) -> Measurement:
     tokens = torch.randint(3, V, (B, K), device=device)
     before = torch.full_like(tokens, EOS)
 
-    def run(backend: str) -> tuple:
+    def run(backend: str) -> Sequence[Tensor | None]:
         return ctc_prefix(ctc_log_probs, state, before, parents, tokens, eos=EOS, backend=backend)
 
     moved = byte_count(ctc_log_probs) + 2 * byte_count(*state)
@@ -173,7 +189,7 @@ def language_model(B: int, K: int, device: str, V: int = 31) -> Measurement:
     parents = torch.arange(K, device=device).repeat(B, 1)
     tokens = torch.randint(3, V, (B, K), device=device)
 
-    def run(backend: str) -> tuple:
+    def run(backend: str) -> Sequence[Tensor | None]:
         return ngram_scores(model, states, parents=parents, tokens=tokens, backend=backend)
 
     return Measurement("ngram_scores", f"B{B} K{K} V{V}", torch.float32, run, 4 * B * K * V)
@@ -185,7 +201,7 @@ def ctc(B: int, T: int, V: int, S: int, device: str) -> Measurement:
     logits.requires_grad_()
     tokens, on_host = rest[1], [x.cpu() for x in rest[::2]]
 
-    def run(backend: str) -> object:
+    def run(backend: str) -> Sequence[Tensor | None]:
         if backend == TORCH_CTC:
             log_probs = F.log_softmax(logits, 2).transpose(0, 1)
             losses = F.ctc_loss(log_probs, tokens, *on_host, BLANK, reduction="none", zero_infinity=True)
@@ -202,8 +218,8 @@ def ctc_times(B: int, T: int, V: int, S: int, device: str) -> Measurement:
     """The alignment of tokens to frames that guides the attention in training."""
     inputs = ctc_inputs(B, T, V, S, device)
 
-    def run(backend: str) -> object:
-        return ctc_token_times(*inputs, backend=backend)
+    def run(backend: str) -> Sequence[Tensor | None]:
+        return (ctc_token_times(*inputs, backend=backend),)
 
     moved = byte_count(inputs[0])
     return Measurement("ctc_loss", f"B{B} T{T} V{V} S{S}", torch.float32, run, moved, what="ctc_token_times")
@@ -219,7 +235,7 @@ def backtrack(L: int, B: int, K: int, device: str) -> Measurement:
     tokens, parents, attended_frames = (torch.randint(0, K, (L, B, K), device=device) for _ in range(3))
     scores = torch.randn(L, B, K, device=device)
 
-    def run(backend: str) -> tuple:
+    def run(backend: str) -> Sequence[Tensor | None]:
         return beam_backtrack(tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
 
     moved = 2 * byte_count(tokens, attended_frames, scores) + byte_count(parents)

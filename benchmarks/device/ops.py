@@ -1,4 +1,7 @@
-"""Run the ops' tests on the Triton backends; without CUDA, the tests of one op on its reference."""
+"""Run the ops' tests on the Triton backends; without CUDA, the tests of one op on its reference.
+
+The part `cases` tests speller_unroll.
+"""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def decode_words(model: Recogniser, options: argparse.Namespace, beam: int | Non
 
 
 class Collector:
-    """Replaces Regression: collects the features of all words, and returns their indices instead of confidences."""
+    """Takes the place of a LogisticRegression: collects the features of all words, and returns their indices."""
 
     def __init__(self) -> None:
         self.parts: list[dict[str, np.ndarray]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from las_fast.search.confidence import Regression
+from las_fast.search.confidence import LogisticRegression
 
 MIN_RARE = 10  # wrong words (or right ones, if fewer) per weight; with less only a bias and a scale are fitted
 FOLDS = 5  # of the cross-validation
@@ -12,7 +12,11 @@ DEFAULT_STRENGTH, PRIOR_STRENGTH = 3.0, 10.0  # precision of the prior on standa
 
 
 def cross_validated(
-    features: dict[str, np.ndarray], right: np.ndarray, utterance: np.ndarray, prior: Regression | None, seed: int
+    features: dict[str, np.ndarray],
+    right: np.ndarray,
+    utterance: np.ndarray,
+    prior: LogisticRegression | None,
+    seed: int,
 ) -> np.ndarray:
     """Return the confidence of each word (N,) from a fit to the utterances of the other folds."""
     _, index = np.unique(utterance, return_inverse=True)
@@ -25,7 +29,9 @@ def cross_validated(
     return values
 
 
-def fit_sparingly(features: dict[str, np.ndarray], right: np.ndarray, prior: Regression | None) -> Regression:
+def fit_sparingly(
+    features: dict[str, np.ndarray], right: np.ndarray, prior: LogisticRegression | None
+) -> LogisticRegression:
     """Fit all weights; with a prior and fewer than MIN_RARE rare words per weight, only its bias and scale."""
     rare = min(int(right.sum()), int((~right).sum()))
     if prior is not None and rare < MIN_RARE * len(features):
@@ -33,23 +39,23 @@ def fit_sparingly(features: dict[str, np.ndarray], right: np.ndarray, prior: Reg
     return fit(features, right, prior, PRIOR_STRENGTH if prior else DEFAULT_STRENGTH)
 
 
-def fit_scale(features: dict[str, np.ndarray], right: np.ndarray, prior: Regression) -> Regression:
+def fit_scale(features: dict[str, np.ndarray], right: np.ndarray, prior: LogisticRegression) -> LogisticRegression:
     """Fit a bias and a factor of all weights of the prior (Platt scaling); it keeps its means."""
     confidence = prior(features)
     logits = np.log(confidence) - np.log1p(-confidence)
-    fitted = fit({"logit": logits}, right, Regression(0.0, {"logit": 1.0}, {}), 1.0)
+    fitted = fit({"logit": logits}, right, LogisticRegression(0.0, {"logit": 1.0}, {}), 1.0)
     factor = fitted.weights["logit"]
     weights = {name: round(factor * weight, 5) for name, weight in prior.weights.items() if name in features}
     bias = fitted.bias + factor * (prior.bias - fitted.means["logit"])
-    return Regression(round(bias, 5), weights, {name: prior.means[name] for name in weights})
+    return LogisticRegression(round(bias, 5), weights, {name: prior.means[name] for name in weights})
 
 
 def fit(
     features: dict[str, np.ndarray],
     right: np.ndarray,
-    prior: Regression | None = None,
+    prior: LogisticRegression | None = None,
     strength: float = DEFAULT_STRENGTH,
-) -> Regression:
+) -> LogisticRegression:
     """Fit a logistic regression by Newton's method, with a Gaussian prior on the standardised weights.
 
     Args:
@@ -74,6 +80,6 @@ def fit(
         if np.abs(step).max() < 1e-9:
             break
     weights = {name: round(float(v), 5) for name, v in zip(names, w[1:] / scales, strict=True)}
-    return Regression(
+    return LogisticRegression(
         round(float(w[0]), 5), weights, {n: round(float(m), 5) for n, m in zip(names, means, strict=True)}
     )
