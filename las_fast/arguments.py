@@ -25,9 +25,9 @@ def add_lm_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm",
         metavar="FILE|NAME",
-        help="language model: a file of las_fast.lm, or that of a released model; its weight is the checkpoint's; "
-        "0.1 if that has none, or if that is for a model made with --subtract and FILE was not (default: the "
-        "checkpoint's)",
+        help="language model: a file written by las_fast.lm, or the name of a released model; its weight is that of "
+        "the checkpoint, but 0.1 if the checkpoint has none, or if its own language model was made with --subtract and "
+        "this one was not (default: the checkpoint's language model)",
     )
 
 
@@ -113,14 +113,14 @@ def check_transcription_options(options: argparse.Namespace) -> None:
 
 
 def check_nbest(nbest: int, beam: int) -> None:
-    """Raise InputError if --nbest is greater than the beam."""
+    """Raise InputError if --nbest is greater than the beam or MAX_BEAM."""
     if nbest > MAX_BEAM:
         raise InputError(f"--nbest must be at most {MAX_BEAM}, the largest beam; got {nbest}")
     if nbest > beam:
         raise InputError(f"--nbest {nbest} needs a beam of at least {nbest}; give --beam {nbest}")
 
 
-def search_options(options: argparse.Namespace) -> dict[str, Any]:
+def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of the search, by their names in Python (las_fast.recogniser.DecodingOptions)."""
     return {name: getattr(options, name) for name in (*SEARCH_OPTIONS, "lm")}
 

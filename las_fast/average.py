@@ -36,7 +36,7 @@ def load_mean(names: Sequence[str | Path]) -> Loaded:
     first.model.load_state_dict({key: torch.stack([model[key] for model in models]).mean(0) for key in models[0]})
     info = {"mean_of": [loaded.info for loaded in (first, *others)]}
     info |= {key: value for key, value in first.info.items() if key == "data"}
-    return first._replace(info=info, mean=True)
+    return first._replace(info=info, is_average=True)
 
 
 def _check_alike(first: Loaded, other: Loaded) -> None:

@@ -52,7 +52,7 @@ class Loaded(NamedTuple):
     statistics: Statistics | None
     path: Path
     info: dict[str, Any]  # from save_model
-    mean: bool = False  # whether the weights are a mean, of the checkpoint at `path` and others
+    is_average: bool = False  # whether the weights are a mean, of the checkpoint at `path` and others
 
     @property
     def name(self) -> str:
@@ -165,7 +165,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
     path = find_checkpoint(name)
     try:
         path.open("rb").close()  # safe_open's errors do not say what is wrong
-        with utf8_path(path) as name, safe_open(name, framework="pt", device=str(device)) as file:
+        with utf8_path(path) as file_name, safe_open(file_name, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
@@ -176,9 +176,9 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
         raise InputError(f"{path} was not written by las_fast; give a folder or a file that training wrote")
     config = from_yaml(metadata["config"], str(path))
     model = build_model(config).to(device, torch.float32)  # whatever torch's default dtype is
-    load_weights(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
+    load_weights(model, {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}, path)
     statistics = None
-    if any(name.startswith("statistics.") for name in tensors):
+    if any(key.startswith("statistics.") for key in tensors):
         statistics = _statistics(tensors, config.features.size, path)
     vocabulary = Vocabulary(config.data.characters)
     return Loaded(model.eval(), config, vocabulary, statistics, path, _info(metadata["info"], path))
@@ -211,7 +211,7 @@ def load_weights(model: LAS, weights: dict, path: str | Path, advice: str = "") 
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"{path} does not fit the settings: {name} should be {shapes[0]}, but the file has {shapes[1]}; "
-                f"{advice or 'it is damaged or of another version'}"
+                f"{advice or 'it is damaged or of another version: copy it again, or train again'}"
             )
     model.load_state_dict(weights)
 

@@ -33,7 +33,7 @@ NEEDS_CTC_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds of a number, or of each number in a tuple."""
+    """Bounds of a number, or of each number in a tuple; the defaults are those of a field without bounds."""
 
     at_least: float = 0
     above: float = -math.inf
@@ -74,7 +74,7 @@ class FeatureConfig:
     shift_ms: float = number(10.0, above=0, at_most=1000)  # time from one frame to the next, milliseconds
     # normalise features with statistics of the utterance or of the training set (global), or not at all
     normalisation: Literal["utterance", "global", "none"] = "utterance"
-    # for recordings: remove long silence, and give the rest of the silence one level
+    # for recordings: cut long silences short, and bring the silence that stays to one level
     trim_silence: bool = True
     deltas: int = 0  # orders of time derivatives to append: 0, 1 (speed) or 2 (speed and acceleration)
 
@@ -97,7 +97,7 @@ class DataConfig:
     frames_per_batch: int = number(20000, at_least=1, at_most=10_000_000)
     utterances_per_batch: int = number(64, at_least=1, at_most=10_000)  # maximum utterances
     max_seconds: float = 0.0  # leave out longer training utterances, seconds; 0: no limit
-    # hours of training data, drawn once for all epochs; more hours include the utterances of fewer; 0: all
+    # hours of training data, the same utterances in every epoch; more hours include those of fewer; 0: all
     hours: float = 0.0
     # epochs at the start on short utterances only, where attention forms sooner; 0: none
     short_epochs: int = 0
@@ -385,7 +385,10 @@ def from_yaml(text: str, where: str) -> Config:
 
 def check(config: Config) -> Config:
     """Return config if its values are within bounds and consistent; else raise InputError that names the field."""
-    Vocabulary(config.data.characters)
+    try:
+        Vocabulary(config.data.characters)
+    except InputError as error:
+        raise InputError(f"settings: data.characters: {error}") from None
     for name, value, bounds in _numbers(config):
         if bound := bounds.violated(value):
             raise InputError(f"settings: {name} must be {bound}; got {value}")
@@ -406,13 +409,21 @@ def _require(rules: list[Rule]) -> None:
 def _model_rules(config: Config) -> list[Rule]:
     model, listener, training = config.model, config.model.listener, config.training
     has_ctc = model.ctc_layer >= 0
-    conv_lengths = {len(listener.conv_channels), len(listener.conv_kernels), len(listener.conv_strides)}
+    conv_lengths = len(listener.conv_channels), len(listener.conv_kernels), len(listener.conv_strides)
+    last_layer = listener.pyramids + listener.top_layers
     return [
-        (len(conv_lengths) == 1, "model.listener.conv_channels, conv_kernels and conv_strides must be equally long"),
-        (all(k % 2 for k in listener.conv_kernels), "model.listener.conv_kernels must be odd"),
         (
-            -1 <= model.ctc_layer <= listener.pyramids + listener.top_layers,
-            "model.ctc_layer must be from -1 to model.listener.pyramids + model.listener.top_layers",
+            len(set(conv_lengths)) == 1,
+            "model.listener.conv_channels, conv_kernels and conv_strides must be equally long; got {}, {} and {} "
+            "values".format(*conv_lengths),
+        ),
+        (
+            all(k % 2 for k in listener.conv_kernels),
+            f"model.listener.conv_kernels must be odd; got {[*listener.conv_kernels]}",
+        ),
+        (
+            -1 <= model.ctc_layer <= last_layer,
+            f"model.ctc_layer must be from -1, no CTC head, to {last_layer}, the last BiLSTM; got {model.ctc_layer}",
         ),
         (
             model.inner_ctc_layer == -1 or model.inner_ctc_layer < model.ctc_layer,
@@ -447,7 +458,7 @@ def _feature_rules(config: Config) -> list[Rule]:
         "give the number of mel filters of the MFCC"
     )
     return [
-        (features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
+        (features.deltas in (0, 1, 2), f"features.deltas must be 0, 1 or 2; got {features.deltas}"),
         (
             not 0 < features.lifter < 1,
             f"features.lifter must be 0 for none, or at least 1; got {features.lifter:g}",
@@ -479,9 +490,12 @@ def _training_rules(config: Config) -> list[Rule]:
             f"training.restarts must increase and stay below training.epochs; got {[*training.restarts]} and "
             f"{training.epochs}; --training.restarts without a value means none",
         ),
-        (
-            all(s.start <= s.end for s in training.teacher_forcing),
-            "each stage of training.teacher_forcing must have start <= end",
+        *(
+            (
+                s.start <= s.end,
+                f"training.teacher_forcing: a stage must not end before it starts; got {s.start:g} to {s.end:g}",
+            )
+            for s in training.teacher_forcing
         ),
     ]
 

@@ -164,7 +164,7 @@ def calibration_of(loaded: Loaded) -> Path | None:
     from las_fast.search.confidence import calibration_path_for
 
     path = calibration_path_for(loaded.path)
-    return path if os.path.isfile(path) and not loaded.mean else None
+    return path if os.path.isfile(path) and not loaded.is_average else None
 
 
 def check_companions(out: Path, loaded: Loaded) -> None:
@@ -187,7 +187,7 @@ def check_companions(out: Path, loaded: Loaded) -> None:
             may_replace=is_calibration,
         )
     elif os.path.isfile(calibration_path_for(out)):
-        home = None if loaded.mean else calibration_path_for(checkpoint)
+        home = None if loaded.is_average else calibration_path_for(checkpoint)
         raise InputError(not_of_this_checkpoint(out, calibration_path_for(out), home))
 
 
@@ -266,7 +266,8 @@ def to_float16(name: str, value: Tensor) -> Tensor:
     half = value.half()
     if not half.isfinite().all():
         raise InputError(
-            f"{name} contains {float(value.abs().max()):g}, which float16 cannot represent; the model has diverged"
+            f"{name} contains {float(value.abs().max()):g}, which float16 cannot represent; the model "
+            "has diverged: export an earlier checkpoint"
         )
     return half
 

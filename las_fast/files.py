@@ -114,12 +114,12 @@ def first_line(path: Path) -> str:
 
 
 def safetensors_format(path: Path) -> str | None:
-    """Return the `format` entry of the metadata; None if it is no safetensors file or has no such entry."""
+    """Return the `format` entry of the metadata; None if it is not a safetensors file, or has no such entry."""
     return safetensors_metadata(path).get("format")
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file; {} if it is none."""
+    """Return the metadata of a safetensors file; {} for any other file."""
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length <= MAX_HEADER_BYTES:

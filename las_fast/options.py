@@ -146,7 +146,11 @@ def parse_settings(
         kind:     dataclass whose fields --help lists.
         shown:    returns, for the options beside --help, the settings whose values --help shows; by default kind().
 
-    If an argument is unknown, exits with status 2 and an error that names the nearest option or field.
+    Returns:
+        The parsed options, and the settings.
+
+    Exits after printing --help; and with status 2 and an error if an argument is wrong, which names the nearest option
+    or field if it is unknown.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser.allow_abbrev = False  # an abbreviation could be the start of a field name

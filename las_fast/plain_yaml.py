@@ -86,7 +86,7 @@ def load(text: str, where: str) -> Any:
     except LookupError:
         raise InputError(f"{where} has a value that its tag, such as !!int, does not allow; remove the tag") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}; correct it") from None
 
 
 def parse_number(text: Plain, kind: type) -> int | float | None:

@@ -58,7 +58,7 @@ class DecodingOptions(TypedDict, total=False):
     lm: LanguageModel
 
 
-class SearchOptions(DecodingOptions, total=False):
+class TranscribeOptions(DecodingOptions, total=False):
     """Options of Recogniser.transcribe, which documents them."""
 
     nbest: int
@@ -66,7 +66,7 @@ class SearchOptions(DecodingOptions, total=False):
     vad: str
 
 
-class TranscriptionOptions(SearchOptions, total=False):
+class TranscriptionOptions(TranscribeOptions, total=False):
     """Options of Recogniser.transcribe_all, which documents them."""
 
     skip_bad: bool
@@ -152,15 +152,16 @@ class Recogniser:
             speeds, warps:    each segment is decoded at these speeds (0.5 to 2; 2: twice as fast), in this order, with
                               the factor on its frequencies (0.5 to 1.5) at the same position, and the text with the
                               highest score is kept; a single speed or warp applies to all. By default those of the
-                              checkpoint's settings. 1 and 1 decode it once, as it is.
+                              checkpoint's settings. speeds=1, warps=1: decode once.
             view_threshold:   a segment whose score is at least -view_threshold nats per token is not decoded at further
                               speeds and warps; 0: every segment is decoded at every speed; by default that of the
                               checkpoint's settings.
             precision:        of matmuls: "fp32", "bf16" or, on a CPU, "int8"; "auto" is "fp32"; by default that of the
                               checkpoint's settings.
-            lm:               file of a language model, or name of a released one; its weight is that of the settings;
-                              0.1 if they have none, or one for a model made with --subtract and this one was not.
-                              None: the checkpoint's language model, if its settings have a weight; False: none.
+            lm:               file of a language model, or name of a released one; its weight is that of the settings,
+                              but 0.1 if they have none, or if the checkpoint's own language model was made with
+                              --subtract and this one was not. None: the checkpoint's language model, if its settings
+                              have a weight; False: none.
             nbest:            maximum hypotheses returned per segment, at most the beam; fewer if the search has dropped
                               the others.
             min_speech_score: segments with a lower speech score are left out as noise; -inf keeps all. Without a CTC
@@ -173,7 +174,7 @@ class Recogniser:
         """
         audio = to_audio(recording, sample_rate)
         messages: list[str] = []
-        options = SearchOptions(
+        options = TranscribeOptions(
             beam=beam,
             beam_threshold=beam_threshold,
             speeds=speeds,
@@ -269,7 +270,11 @@ class Recogniser:
         return self._decode(self._utterances(by_name), setup, nbest) if by_name else []
 
     def _setup_of(self, options: DecodingOptions, nbest: int) -> SearchSetup:
-        """Return the setup of the options; raise InputError for all that makes decoding with them impossible."""
+        """Return the search setup for these options.
+
+        Raises:
+            InputError: an option is invalid, or the language model or the calibration cannot be read.
+        """
         setup = self.search_setup(self.settings(**options), options.get("lm"))
         check_nbest(nbest, setup.config.beam)
         self._word_finder(setup.config)  # reads the calibration, which may be damaged

@@ -35,7 +35,7 @@ class Vocabulary:
 
     def __post_init__(self):
         if len(set(self.characters)) != len(self.characters) or not self.characters:
-            raise InputError(f"a vocabulary needs distinct characters, got {self.characters!r}")
+            raise InputError(f"a vocabulary needs one or more characters, each given once; got {self.characters!r}")
 
     def __len__(self) -> int:
         return len(SPECIAL) + len(self.characters)

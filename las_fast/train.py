@@ -35,6 +35,9 @@ from las_fast.options import Parser, parse_settings
 from las_fast.system import choose_device, cores
 from las_fast.training.adapt import (
     FINETUNE,
+    adapt_augment,
+    adapt_epochs,
+    adapt_features,
     check_extra,
     check_init,
     check_one_process,
@@ -42,9 +45,6 @@ from las_fast.training.adapt import (
     describe_warp,
     dev_splits,
     extra_splits,
-    fit_augment,
-    fit_epochs,
-    fit_features,
     inherit_lm,
     training_splits,
 )
@@ -89,7 +89,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     options.user_set |= parser.user_set
     if options.on_bad:
         config = replace(config, data=replace(config.data, on_bad=options.on_bad))
-    return options, check_training(check(fit_epochs(config, options.user_set)))
+    return options, check_training(check(adapt_epochs(config, options.user_set)))
 
 
 def starting_settings(options: argparse.Namespace) -> Config:
@@ -133,10 +133,10 @@ def main(argv: list[str] | None = None) -> None:
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     corpus, *extra = (open_corpus(root) for root in (options.data, *options.extra_data))
-    if corpus.named:
+    if corpus.named_split:
         options.data = corpus.root  # for the advice at the end: the dev split is another one
     print(f"data: {corpus.name}")
-    config = fit_settings(options, config, corpus, extra)
+    config = adapt_settings(options, config, corpus, extra)
     init = load_init(options, config, corpus)
     train_data, dev_data = load_data(config, corpus, extra)
     source = {"kind": corpus.kind, "name": corpus.name}
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             train(trainer, options, arguments)
 
 
-def fit_settings(options: argparse.Namespace, config: Config, corpus: Corpus, extra: list[Corpus]) -> Config:
+def adapt_settings(options: argparse.Namespace, config: Config, corpus: Corpus, extra: list[Corpus]) -> Config:
     """Return the settings, fitted to the data where the user has not set them.
 
     Raises:
@@ -165,7 +165,7 @@ def fit_settings(options: argparse.Namespace, config: Config, corpus: Corpus, ex
     from las_fast.data.degrade import check_logmel
 
     check_extra(corpus, extra)
-    config = check(fit_augment(fit_features(config, corpus, options.user_set), corpus, options.user_set))
+    config = check(adapt_augment(adapt_features(config, corpus, options.user_set), corpus, options.user_set))
     check_logmel(config.augment, config.features, corpus.kind)
     describe_warp(config, corpus.kind)
     return config
@@ -361,14 +361,14 @@ def load_data(config: Config, corpus: Corpus, extra: Sequence[Corpus] = ()) -> t
 
     splits, share = training_splits(config, corpus), config.data.dev_share
     name, dev_name = "+".join(splits), f"dev, held out of {'+'.join(splits)}"
-    others = () if share else dev_splits(config, corpus)  # before the training set is read, which may take long
+    dev_names = () if share else dev_splits(config, corpus)  # before the training set is read, which may take long
     train = load_dataset(corpus, splits, features=config.features, data=config.data, need_text=True)
     if share:
         train, dev = hold_out(train, share)
     else:
-        dev_name = "+".join(others)
+        dev_name = "+".join(dev_names)
         dev = load_dataset(
-            corpus, others, features=config.features, data=config.data.without_limits(), statistics=train.statistics,
+            corpus, dev_names, features=config.features, data=config.data.without_limits(), statistics=train.statistics,
             need_text=True,
         )  # fmt: skip
     if extra:

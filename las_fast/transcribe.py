@@ -22,7 +22,7 @@ from las_fast.arguments import (
     as_recording,
     check_nbest,
     check_transcription_options,
-    search_options,
+    decoding_options,
 )
 from las_fast.cli import require_stdout, run
 from las_fast.errors import BadRecording, InputError, show
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(options.device)
     checkpoint = default_model() if options.checkpoint is None else options.checkpoint
     model = Recogniser(load_model(checkpoint, device), device, lm_option="--lm ")
-    check_nbest(options.nbest, model.settings(**search_options(options)).beam)
+    check_nbest(options.nbest, model.settings(**decoding_options(options)).beam)
     done = 0
     for path, transcript in transcribe(paths, model, options):
         emit(path, transcript, options, targets, several=len(paths) > 1)
@@ -214,7 +214,7 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
     with ProgressBar(sum(map(estimated_seconds, paths)) or None, "transcribing", "s of audio") as bar:
         transcripts = model.transcribe_all(
             paths,
-            **search_options(options),
+            **decoding_options(options),
             nbest=options.nbest,
             min_speech_score=options.min_speech_score,
             vad=options.vad,

@@ -92,7 +92,7 @@ def _dataclass_from_tree(kind: Any, tree: Any, where: str) -> Any:
             raise InputError(f"{where} has no setting {got(str(key))}; {advice}")
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in tree and _required(f)]
     if missing:
-        raise InputError(f"{where} lacks {', '.join(missing)}")
+        raise InputError(f"{where} lacks {', '.join(missing)}; add a value for each")
     return kind(**{key: from_tree(hints[key], value, f"{where}: {key}") for key, value in tree.items()})
 
 

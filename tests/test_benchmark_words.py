@@ -24,7 +24,7 @@ from las_fast.data.corpus import Utterance
 from las_fast.errors import InputError
 from las_fast.output.transcripts import Word
 from las_fast.recogniser import Recogniser
-from las_fast.search.confidence import Calibration, Regression, load_calibration
+from las_fast.search.confidence import Calibration, LogisticRegression, load_calibration
 
 CONFIG = FeatureConfig(size=80)
 
@@ -50,12 +50,12 @@ def test_the_area_under_the_roc_counts_pairs_by_brute_force():
 def test_a_fit_finds_the_weights_that_made_the_data_and_a_strong_prior_keeps_its_own():
     rng = np.random.default_rng(0)
     features = {"end": rng.normal(1, 2, 20000), "ctc": rng.normal(-3, 0.5, 20000), "letters": np.ones(20000)}
-    truth = Regression(0.5, {"end": 1.0, "ctc": -2.0}, {"end": 1.0, "ctc": -3.0})
+    truth = LogisticRegression(0.5, {"end": 1.0, "ctc": -2.0}, {"end": 1.0, "ctc": -3.0})
     right = rng.random(20000) < truth(features)
     found = fit(features, right)
     assert found.weights == pytest.approx(truth.weights, abs=0.1) and found.bias == pytest.approx(0.5, abs=0.05)
     assert found.means == pytest.approx(truth.means, abs=0.05)
-    kept = fit(features, right, Regression(9.0, {"end": 0.25, "ctc": 0.5}, {}), 1e9)
+    kept = fit(features, right, LogisticRegression(9.0, {"end": 0.25, "ctc": 0.5}, {}), 1e9)
     assert kept.weights == pytest.approx({"end": 0.25, "ctc": 0.5}, abs=1e-3)
 
 
@@ -67,7 +67,7 @@ def words_of(prior, factor, bias, count, seed=0):
     return features, rng.random(count) < 1 / (1 + np.exp(-logit))
 
 
-PRIOR = Regression(0.5, {"end": 0.8, "ctc": -1.0, "known": 2.0}, {"end": 1.0, "ctc": -3.0, "known": 0.9})
+PRIOR = LogisticRegression(0.5, {"end": 0.8, "ctc": -1.0, "known": 2.0}, {"end": 1.0, "ctc": -3.0, "known": 0.9})
 
 
 def test_a_scale_and_a_bias_are_found_and_weights_without_a_feature_are_dropped():
@@ -163,7 +163,7 @@ def test_options_without_effect_are_refused(argv, capsys):
 
 
 def test_the_prior_is_that_of_the_named_checkpoint(tmp_path):
-    weights = Regression(9.0, {"end": 0.25}, {"end": 0.5})
+    weights = LogisticRegression(9.0, {"end": 0.25}, {"end": 0.5})
     (tmp_path / "best.safetensors").write_bytes(b"x")
     Calibration(weights, weights).save(tmp_path / "best.words.json")
     assert module.load_prior(str(tmp_path)).beam == weights

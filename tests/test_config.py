@@ -286,8 +286,12 @@ def test_a_number_may_be_anything_within_its_bounds(name):
         ("features.deltas", 3, "features.deltas must be 0, 1 or 2"),
         ("training.teacher_forcing.first", 1.1, "training.teacher_forcing.first must be at most 1; got 1.1"),
         ("training.teacher_forcing.last", 1.1, "training.teacher_forcing.last must be at most 1; got 1.1"),
-        ("data.characters", "AAB", "distinct characters"),
-        ("data.characters", "", "distinct characters"),
+        (
+            "data.characters",
+            "AAB",
+            "settings: data.characters: a vocabulary needs one or more characters, each given once; got 'AAB'",
+        ),
+        ("data.characters", "", "data.characters: .* each given once; got ''"),
     ],
 )
 def test_values_out_of_bounds_are_named(name, value, message):
@@ -363,7 +367,7 @@ def layers(channels=1, kernels=1, strides=1):
                     teacher_forcing=(TeacherForcingStage(0, 9, 1, 1), TeacherForcingStage(2, 1, 1, 1))
                 )
             },
-            "must have start <= end",
+            "teacher_forcing: a stage must not end before it starts; got 2 to 1",
         ),
     ],
     ids=str,

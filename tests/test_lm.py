@@ -771,7 +771,7 @@ def test_the_excluded_split_of_a_corpus_is_dev(tmp_path):
         (["--weights", "1000001"], "A", "--weights must be from 1 to 1000000; got 1000001\n"),
         (["--exclude", "gone.txt"], "A", "gone.txt"),
         (["--exclude", os.devnull], "A", f"there is no sentence in {os.devnull}; give --exclude texts with one"),
-        (["--characters", "AA"], "A", "distinct characters"),
+        (["--characters", "AA"], "A", "each given once"),
         (["--out", "."], "A", "--out . is a folder"),
     ],
 )

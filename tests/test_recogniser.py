@@ -28,7 +28,7 @@ from las_fast.errors import InputError
 from las_fast.ops import backends
 from las_fast.output.formats import FORMATS, word_row
 from las_fast.search import beam, dataset, ngram
-from las_fast.search.confidence import Calibration, Regression, calibration_path_for
+from las_fast.search.confidence import Calibration, LogisticRegression, calibration_path_for
 
 RATE = 16000
 BOTH = np.stack([make_speech(1.0, rate=22050, seed=1), 0.5 * make_speech(1.0, rate=22050, seed=3)], 1)
@@ -628,7 +628,7 @@ def test_invalid_features_are_a_one_sentence_error(workspace, features, options,
 
 def test_greedy_search_has_confidences_of_its_own(tmp_path):
     path = make_checkpoint(tmp_path, 20, mel_bins=23)
-    Calibration(Regression(1.0, {}, {}), Regression(-2.0, {}, {})).save(calibration_path_for(path))
+    Calibration(LogisticRegression(1.0, {}, {}), LogisticRegression(-2.0, {}, {})).save(calibration_path_for(path))
     model = las_fast.load(path, device="cpu")
     for width, total in ((1, -2.0), (2, 1.0)):
         words = model.transcribe(make_speech(0.6), sample_rate=RATE, beam=width).words

@@ -193,11 +193,11 @@ class Recording:
     def _integer_bits(self, source: Source, sound: Sound, number: int) -> int:
         """Return unscaled_integer_bits of stream `number`; those of the last stream are kept for its other parts."""
         key = (*file_identity(os.fstat(source.descriptor)), number)
-        bits = _integer_bits.get(key)
+        bits = _known_integer_bits.get(key)
         if bits is None:
             bits = unscaled_integer_bits(sound)
-            _integer_bits.clear()
-            _integer_bits[key] = bits
+            _known_integer_bits.clear()
+            _known_integer_bits[key] = bits
         return bits
 
     def _open_stream(self, source: Source, stream: Stream, number: int, stream_count: int) -> Sound | None:
@@ -276,7 +276,7 @@ class Recording:
             self.warnings += [f"{self.name} {warning}" for warning in self._quality.warnings()]
 
 
-_integer_bits: dict[tuple, int] = {}  # file identity and stream number -> bits, for one stream
+_known_integer_bits: dict[tuple, int] = {}  # file identity and stream number -> bits, for one stream
 _layouts: dict[tuple, FileLayout] = {}  # file identity -> layout, for the last files of which parts were read
 
 

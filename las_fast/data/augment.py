@@ -27,7 +27,10 @@ def random_stream(name: str, *, seed: int, epoch: int, utterance: int = 0) -> np
 
 @dataclass(frozen=True)
 class Augment:
-    """Augments features (T, F) as config says; deterministic for a given generator state."""
+    """Changes the speed of features (T, F) and masks them (SpecAugment); deterministic for a given generator state.
+
+    The other settings of AugmentConfig are applied by las_fast.data.augmented and las_fast.data.batch.
+    """
 
     config: AugmentConfig
 

@@ -16,18 +16,18 @@ from las_fast.data.augment import frame_counts_at_speed, random_stream, silence_
 from las_fast.data.features import seconds_of
 from las_fast.errors import InputError
 
-# Candidate widths of a length class, as longest over shortest utterance; the first that meets PADDING_TARGET is taken.
-CLASS_RATIOS = (1.5, 1.35, 1.25, 1.2, 1.15, 1.1, 1.07, 1.05, 1.03, 1.02, 1.01)
+# Candidate widths of a bucket, as longest over shortest utterance; the first that meets PADDING_TARGET is taken.
+BUCKET_RATIOS = (1.5, 1.35, 1.25, 1.2, 1.15, 1.1, 1.07, 1.05, 1.03, 1.02, 1.01)
 FrameCounts = Sequence[int] | np.ndarray  # (N,) feature frames of each utterance
-# Maximum share of padding to the longest utterance; wide classes shuffle better, but pad more.
+# Maximum share of padding to the longest utterance; wide buckets shuffle better, but pad more.
 PADDING_TARGET = 0.08
 
 
 class BucketBatches:
     """Batches for training: different in every epoch, but always the same number.
 
-    Each epoch sorts utterances into classes of similar length and shuffles within each class. It cuts batches in that
-    order, as if every utterance were as long as the longest of its class, and shuffles the batches. The classes are as
+    Each epoch sorts utterances into buckets of similar length and shuffles within each bucket. It cuts batches in that
+    order, as if every utterance were as long as the longest of its bucket, and shuffles the batches. The buckets are as
     wide as a padding share of PADDING_TARGET allows. With speed, lengths change from epoch to epoch: if an epoch has
     too few batches, its largest ones are halved; if it has too many, its limits are raised slightly.
     """
@@ -55,7 +55,7 @@ class BucketBatches:
         self._members = np.arange(len(self._frame_counts)) if members is None else members
         self._seed, self._speed, self._silence = seed, speed, silence
         self._limits = (frames_per_batch, utterances_per_batch)
-        for ratio in CLASS_RATIOS:
+        for ratio in BUCKET_RATIOS:
             self._ratio = ratio
             self._count = len(self._cut_epoch(0))
             if self.padding_share(0) <= PADDING_TARGET:

@@ -46,7 +46,7 @@ class Corpus:
     kind: Literal["features", "audio"]
     listings: Mapping[str, Callable[[], list[Utterance]]] = field(repr=False)  # split -> function that lists it
     roles: Mapping[str, tuple[str, ...]]  # train, dev, test -> splits
-    named: str = ""  # the one split that the user's path names, if the corpus has others beside it
+    named_split: str = ""  # split that the user's path points into, such as LibriSpeech/dev-clean; "": none
     feature_size: int | None = None  # F of feature files; None for audio
     feature_kind: Literal["logmel", "mfcc"] | None = None  # of feature files; None for audio
     transposed: bool = False  # feature files have shape (F, T) instead of (T, F)
@@ -95,14 +95,16 @@ class Corpus:
         Raises:
             InputError: there is no such split, or the path names another one.
         """
-        names = self.resolve(split or (self.named or default))
-        if not self.named:
+        names = self.resolve(split or (self.named_split or default))
+        if not self.named_split:
             return names
-        if self.named not in names:
-            path = self.root / self.named
-            raise InputError(f"{path} is the split {self.named}, but {split!r} is asked for; give {self.root}, or the "
-                             f"split {self.named}")  # fmt: skip
-        return (self.named,) if split is None or is_role(split) else names
+        if self.named_split not in names:
+            path = self.root / self.named_split
+            raise InputError(
+                f"{path} is the split {self.named_split}, but {split!r} is asked for; give {self.root}, or the split "
+                f"{self.named_split}"
+            )
+        return (self.named_split,) if split is None or is_role(split) else names
 
     def _resolve_one(self, part: str) -> tuple[str, ...]:
         if part in self.listings:

@@ -134,7 +134,7 @@ class AudioDecoder:
         """Return zeros up to the position where decoding works again; an empty block if there is none."""
         frames = self.stream.sample_count or 0
         for length in (4096 << k for k in range(8)):
-            if self.position + length >= frames or self.lost > MAX_DAMAGE * self.sound.samplerate:
+            if self.position + length >= frames or self.lost + length > MAX_DAMAGE * self.sound.samplerate:
                 break
             with contextlib.suppress(*READ_ERRORS):
                 reopened = SoundStream(self.source, self.stream.spans)

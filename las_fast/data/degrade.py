@@ -1,4 +1,4 @@
-"""Add silence, rooms, noise, babble and limited bands to raw log-mel frames, as if it had been recorded so.
+"""Add silence, rooms, noise, babble and limited bands to raw log-mel frames, as if they had been recorded that way.
 
 The feature cache has no waveforms, so the changes are made to the power in each mel filter. This is nearly what they
 would be on the waveform, because the powers of independent sounds add:
@@ -33,10 +33,11 @@ from las_fast.errors import InputError
 
 KINDS = ("room", "noise", "babble", "band_limit")  # in the order of drawing; also the names of their settings
 SETTINGS = ("silence", *KINDS)
-FLAT_SHARE, SILENCE_DB = 0.5, (25.0, 75.0)  # share of silences of one level; dB of the speech over the others
+FLAT_SHARE = 0.5  # share of the added silences that have one level; the others are faint noise
+SILENCE_DB = (25.0, 75.0)  # level of the speech over that noise
 BANK_SECONDS = 60  # of white noise
 LOW_HZ = 20.0  # coloured noise has one level below this frequency
-COLOURS = (0.0, 2.0)  # power of the frequency with which the power of noise falls: white to brown
+COLOURS = (0.0, 2.0)  # the power of noise falls as 1 / frequency ** colour: 0 is white, 1 pink, 2 brown
 BUMPS, BUMP_DB = 8, 4.0  # points of the smooth random spectrum, and their standard deviation
 VARYING_SHARE, VARYING_DB, VARYING_SECONDS = 0.3, 5.0, 0.5  # noise of varying level: share; deviation; per point
 TALKERS, TALKER_DB = (3, 8), 3.0  # of babble: least and most; standard deviation of their levels
@@ -46,7 +47,8 @@ TELEPHONE, TELEPHONE_SHARE = (300.0, 3400.0), 0.3  # Hz; share of limited bands 
 TAIL_END = 1e-7  # power of the tail relative to its start below which it is left out
 LOW_EDGE, HIGH_EDGE = (60.0, 500.0), (2500.0, 7500.0)  # Hz, of the other limited bands
 TINY = 1e-30  # a power that is not 0
-HISS_SHARE, HISS_DB = 0.5, (30.0, 80.0)  # limited bands with hiss; speech level over that of the hiss
+HISS_SHARE = 0.5  # share of limited bands that get hiss
+HISS_DB = (30.0, 80.0)  # level of the speech over the hiss
 
 
 @dataclass(frozen=True)

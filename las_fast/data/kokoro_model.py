@@ -48,7 +48,7 @@ def read_voices(folder: Path) -> dict[str, np.ndarray]:
     """Read the English voices of a folder; return {name: (N, 256) float32}, where row n - 1 is for n phonemes.
 
     Raises:
-        InputError: the folder has fewer than MIN_VOICES English voices, or a file is no voice.
+        InputError: the folder has fewer than MIN_VOICES English voices, or a file is not a voice.
     """
     paths = sorted(folder.glob(ENGLISH))
     if len(paths) < MIN_VOICES:

@@ -26,7 +26,7 @@ def open_corpus(root: str | Path) -> Corpus:
     """Recognise a data root.
 
     Known layouts: an HW4P2 archive of any edition, LibriSpeech, Kaldi, Common Voice and Hugging Face audio folders, and
-    manifests. The data may lie up to two folders below the root. The root may be a split, which Corpus.named names.
+    manifests. The data may lie up to two folders below the root. The root may be a split; see Corpus.named_split.
     Raises InputError if the root is missing or empty, or has no known layout or several corpora.
     """
     root = expand(root)
@@ -48,7 +48,7 @@ def open_corpus(root: str | Path) -> Corpus:
     if not openers:
         raise InputError(_unrecognised(root))
     corpus = next(iter(openers.values()))()
-    return replace(corpus, named=_named_split(root, corpus))
+    return replace(corpus, named_split=_named_split(root, corpus))
 
 
 def _named_split(root: Path, corpus: Corpus) -> str:

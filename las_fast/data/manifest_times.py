@@ -16,9 +16,7 @@ DURATION_TOLERANCE = 0.1  # seconds between end - start and the duration on the 
 
 def times_of_part(path: Path, line: int, row: dict, by_meaning: dict, file: Path) -> tuple[float | None, float | None]:
     """Return the start of the part (None: the whole recording) and its duration (None: unknown), in seconds."""
-    start, end, seconds = (
-        _time(path, line, name, row, by_meaning.get(name, [])) for name in ("start", "end", "seconds")
-    )
+    start, end, seconds = (_time(path, line, row, by_meaning.get(name, [])) for name in ("start", "end", "seconds"))
     if start is None and end is None:
         return None, seconds or _seconds_by_samples(path, line, row, file)
     if file.suffix.lower() == ".npy":
@@ -39,7 +37,7 @@ def times_of_part(path: Path, line: int, row: dict, by_meaning: dict, file: Path
     return start or 0.0, seconds
 
 
-def _time(path: Path, line: int, name: str, row: dict, candidates: list[tuple[str, float]]) -> float | None:
+def _time(path: Path, line: int, row: dict, candidates: list[tuple[str, float]]) -> float | None:
     """Return the first time that is not blank, in seconds; None if there is none."""
     for column, unit in candidates:
         if (value := row[column]) is not None and str(value).strip():

@@ -89,7 +89,10 @@ def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator
             continue
         values = values[: len(header)] + _without_trailing_blanks(values[len(header) :])
         if len(values) != len(header):
-            raise InputError(f"{path} line {line} has {len(values)} columns; its header has {len(header)}")
+            raise InputError(
+                f"{path} line {line} has {len(values)} columns, but its header has {len(header)}; give every "
+                "line as many"
+            )
         yield line, dict(zip(header, values, strict=True))
 
 

@@ -43,8 +43,8 @@ class LAS(nn.Module):
         super().__init__()
         self.input_size, self.vocabulary_size, self.ctc_layer = input_size, vocabulary_size, config.ctc_layer
         self.time_reduction = config.listener.time_reduction  # feature frames per encoder frame
-        pyramids_above = max(0, config.listener.pyramids - config.ctc_layer)
-        self.ctc_time_reduction = self.time_reduction // 2**pyramids_above  # feature frames per CTC frame
+        # feature frames per CTC frame, if there is a CTC head
+        self.ctc_time_reduction = config.listener.reduction_at(max(0, config.ctc_layer))
         self.listener = Listener(config.listener, input_size)
         self.speller = Speller(config.speller, self.listener.output_size, vocabulary_size)
         self.inner_ctc_layer = config.inner_ctc_layer

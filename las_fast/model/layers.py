@@ -42,10 +42,10 @@ def initialise_lstm(name: str, parameter: Tensor) -> None:
 
 @dataclass(frozen=True)
 class BatchPart:
-    """Rows `start` and following of a batch of `rows`, which is run in parts."""
+    """Some rows of a batch that is run in parts, because it does not fit in memory."""
 
-    start: int
-    rows: int
+    first_row: int
+    batch_rows: int  # of the whole batch
 
 
 _part: ContextVar[BatchPart | None] = ContextVar("_part", default=None)
@@ -53,9 +53,9 @@ _part: ContextVar[BatchPart | None] = ContextVar("_part", default=None)
 
 @contextlib.contextmanager
 def running_part(part: BatchPart) -> Iterator[None]:
-    """Inside the block, every random draw for a batch is that for the whole batch, of which the part takes its rows.
+    """Inside the block, random values are drawn for the whole batch, and the part uses those of its own rows.
 
-    With the same seed for each part, the parts together have the dropout masks and sampled tokens of the whole batch.
+    If all parts start from the same seed, they get the dropout masks and sampled tokens of the whole batch.
     On CUDA that holds for batches of a multiple of 8 rows, because the listener pads every batch to a multiple of 8.
     """
     token = _part.set(part)
@@ -66,12 +66,12 @@ def running_part(part: BatchPart) -> Iterator[None]:
 
 
 def draw_rows(rows: int, draw: Callable[[int], Tensor]) -> Tensor:
-    """Return draw(rows), random values of so many rows of a batch; see running_part for a part of a batch."""
+    """Return draw(rows), random values for that many rows. Inside running_part: those of the part's rows."""
     part = _part.get()
     if part is None:
         return draw(rows)
-    end = part.start + rows
-    return draw(max(part.rows, end))[part.start : end]
+    end = part.first_row + rows
+    return draw(max(part.batch_rows, end))[part.first_row : end]
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:

@@ -145,9 +145,9 @@ def noise_warning(name: str, transcript: Transcript, option: str) -> str:
 def output_files(paths: list[Path], folder: Path, suffix: str, roots: Sequence[Path] = ()) -> dict[Path, Path]:
     """Map each of the distinct paths to a distinct output file in `folder`.
 
-    A file has the name of its recording, with the suffix replaced. A recording below one of `roots` keeps its folders
-    from there on. Where names would be equal, the suffix is appended instead; names that are still equal are numbered.
-    Equal means that case does not matter.
+    talk.wav becomes talk.txt. A recording below one of `roots` keeps its subfolders relative to that root. If two files
+    would have the same name, ignoring case, the suffix is appended instead (talk.wav.txt); names that still clash are
+    numbered (talk.wav-2.txt).
     """
     folders = {path: folder / _below(path, roots) for path in paths}
     stems = {path: "stdin" if str(path) == "-" else path.stem for path in paths}

@@ -41,8 +41,8 @@ MIN_SCORE, MIN_CTC = -20.0, -8.0  # smaller scores and CTC log-probabilities are
 
 
 @dataclass(frozen=True)
-class Regression:
-    """A fitted regression. `weights` and `means` have an entry for each feature that it uses."""
+class LogisticRegression:
+    """A fitted logistic regression. `weights` and `means` have an entry for each feature that it uses."""
 
     bias: float
     weights: dict[str, float]
@@ -62,8 +62,8 @@ class Regression:
 class Calibration:
     """Weights of the confidences, known words, and constants of word times; see las_fast.search.words."""
 
-    beam: Regression  # of beam search
-    greedy: Regression  # of greedy search, which has one hypothesis
+    beam: LogisticRegression  # of beam search
+    greedy: LogisticRegression  # of greedy search, which has one hypothesis
     known: frozenset[str] = field(default=frozenset())  # words of the feature `known`; empty: the feature is not used
     start: float = -0.02  # seconds from the time of the first character to the start of the word
     start_after_pause: float = 0.015  # the same for the first word, and for a word after a pause
@@ -102,7 +102,7 @@ def read_calibration(path: Path) -> Calibration:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise ValueError
-        beam, greedy = (_weights(**values.pop(name)) for name in ("beam", "greedy"))
+        beam, greedy = (_regression(**values.pop(name)) for name in ("beam", "greedy"))
         known = frozenset(values.pop("known").split())
         return Calibration(beam, greedy, known, **_finite(values))
     except OSError as error:
@@ -111,11 +111,11 @@ def read_calibration(path: Path) -> Calibration:
         raise InputError(f"{path} is not a calibration of word confidences; copy it again or delete it") from None
 
 
-def _weights(bias: float, weights: dict, means: dict) -> Regression:
-    """Check the values of a JSON object; raise ValueError or TypeError if they are not those of a regression."""
+def _regression(bias: float, weights: dict, means: dict) -> LogisticRegression:
+    """Return the regression of a JSON object; raise ValueError or TypeError if its values are not those of one."""
     if not weights.keys() <= means.keys():
         raise ValueError
-    return Regression(_finite({"bias": bias})["bias"], _finite(weights), _finite(means))
+    return LogisticRegression(_finite({"bias": bias})["bias"], _finite(weights), _finite(means))
 
 
 def _finite(values: dict) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Density ratio (McDermott, Sak and Variani 2019, "A density ratio approach to language model fusion in end-to-end
-automatic speech recognition"): subtract the language of the training transcripts from a language model.
+automatic speech recognition"): subtract the internal language model of a speller.
 
-A speller has learned the language of the transcripts that it was trained on. Let p be a model of much text, and q one
-of the transcripts. Adding log p(w | h) would count the language of the transcripts twice, so the search adds
+A speller learns an internal language model from its training transcripts. Let p be a language model of a large text,
+and q one of those transcripts. Adding log p(w | h) would count their language twice, so the search adds
 
     score(w | h) = log p(w | h) - weight * log q(w | h).
 
@@ -23,13 +23,13 @@ def subtract(model: tuple[Level, ...], transcripts: tuple[Level, ...], weight: f
     """Return the levels of the scores of a model of V tokens, from those of p (`model`) and q (`transcripts`)."""
     levels = []
     for k in range(1, max(len(model), len(transcripts)) + 1):
-        ours, theirs = (levels_[k - 1] if k <= len(levels_) else NO_LEVEL for levels_ in (model, transcripts))
-        ngrams = np.union1d(ours.ngrams, theirs.ngrams)
-        contexts = np.union1d(ours.contexts, theirs.contexts)
+        p, q = (levels_of[k - 1] if k <= len(levels_of) else NO_LEVEL for levels_of in (model, transcripts))
+        ngrams = np.union1d(p.ngrams, q.ngrams)
+        contexts = np.union1d(p.contexts, q.contexts)
         scores = ngram_log_probs(model, ngrams, k, V) - weight * ngram_log_probs(transcripts, ngrams, k, V)
-        backoffs = _backoffs(ours, contexts) - weight * _backoffs(theirs, contexts)
+        backoffs = _backoffs(p, contexts) - weight * _backoffs(q, contexts)
         if k == 1:
-            scores = np.where(ours.log_probs > FORBIDDEN_LOG_PROB, scores, FORBIDDEN_LOG_PROB)
+            scores = np.where(p.log_probs > FORBIDDEN_LOG_PROB, scores, FORBIDDEN_LOG_PROB)
         levels.append(Level(ngrams, scores.astype(np.float32), contexts, backoffs.astype(np.float32)))
     return tuple(levels)
 

@@ -41,7 +41,9 @@ def decode_grid(
     views = [views_of(point) for point in settings]
     shared: dict[str, str] = {}  # many settings give the same text
     packed = packed_weights(loaded.model, settings[0], device, backend)
-    # Graphs are kept per n-gram model, so each point has one model for all batches, and many points have no graphs.
+    # The cache of graphs is keyed by the n-gram model. The length reward is folded in once per point, so that all
+    # batches of a point share a model and its graphs. More points than MAX_GRAPHS would evict each other's graphs, and
+    # therefore have none.
     fit_in_cache = len(settings) <= MAX_GRAPHS
     capture = False if not fit_in_cache and torch.device(device).type == "cuda" else None
     V = len(loaded.vocabulary)

@@ -26,7 +26,7 @@ class Level:
     """The n-grams of one order k, and the contexts that they continue.
 
     The log-probability of token w after context h is that of the n-gram hw; if there is none, it is the back-off
-    weight of h (0 if h is no context) plus the log-probability of w after h without its oldest token.
+    weight of h (0 if h is not a context) plus the log-probability of w after h without its oldest token.
     """
 
     ngrams: np.ndarray  # (N,) int64, ascending; of order 1: all tokens

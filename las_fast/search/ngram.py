@@ -182,7 +182,7 @@ def is_lm(path: Path) -> bool:
 
 
 class _DamagedError(Exception):
-    """The numbers of a file contradict each other, or are none of a model."""
+    """The numbers of a file contradict each other, or cannot be those of a model."""
 
 
 Tensors = Callable[[str], np.ndarray]

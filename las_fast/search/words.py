@@ -75,7 +75,7 @@ class WordFinder:
             hypotheses:      all of the search, which vote on the words: a list per utterance, best first.
             memory:          of these utterances, from model.listen.
             feature_lengths: feature frames of each utterance.
-            nbest:           hypotheses returned per utterance, as far as there are so many.
+            nbest:           maximum hypotheses returned per utterance; fewer if the search found fewer.
         """
         results: list[list[TokenHypothesis]] = [[] for _ in hypotheses]
         votes = [Votes([self._spell(h) for h in beam], beam) for beam in hypotheses]

@@ -26,7 +26,7 @@ from las_fast.arguments import (
     add_vad_option,
     check_nbest,
     check_transcription_options,
-    search_options,
+    decoding_options,
 )
 from las_fast.cli import run
 from las_fast.errors import InputError, print_error, show
@@ -92,7 +92,7 @@ def make_batcher(model: Recogniser, options: argparse.Namespace, limits: Limits)
     """Return the batcher of the options; raise InputError if they do not fit the model."""
     from las_fast.serve.batcher import Batcher
 
-    search = search_options(options)
+    search = decoding_options(options)
     beam = model.settings(**search).beam
     nbest = options.nbest or min(NBEST, beam)
     check_nbest(nbest, beam)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Unpack
 from las_fast.data.segments import NO_SPEECH, Speech
 from las_fast.errors import InputError
 from las_fast.output.transcripts import Segment, Transcript
-from las_fast.recogniser import Recogniser, SearchOptions
+from las_fast.recogniser import Recogniser, TranscribeOptions
 from las_fast.serve.limits import BATCH_SECONDS
 from las_fast.transcription import RecordingState
 
@@ -163,7 +163,7 @@ class Batcher:
         *,
         max_seconds: float,
         round_seconds: float = BATCH_SECONDS,
-        **options: Unpack[SearchOptions],
+        **options: Unpack[TranscribeOptions],
     ) -> None:
         self.model, self.max_seconds, self.round_seconds = model, max_seconds, round_seconds
         self.totals = Totals()

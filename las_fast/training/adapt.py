@@ -57,17 +57,17 @@ def check_packages(config: Config) -> None:
         raise InputError("--training.wandb needs the package wandb; run: pip install wandb")
 
 
-def fit_epochs(config: Config, user_set: Collection[str]) -> Config:
+def adapt_epochs(config: Config, user_set: Collection[str]) -> Config:
     """Drop what the preset does at or after the last epoch, restarts and splice, if the user has set the epochs.
 
     What is dropped is printed. user_set: names of the settings that the user has set; these do not change.
     """
     if "training.epochs" not in user_set:
         return config
-    return _fit_splice(_fit_restarts(config, user_set), user_set)
+    return _adapt_splice(_adapt_restarts(config, user_set), user_set)
 
 
-def _fit_splice(config: Config, user_set: Collection[str]) -> Config:
+def _adapt_splice(config: Config, user_set: Collection[str]) -> Config:
     augment, epochs = config.augment, config.training.epochs
     is_set = "augment.splice" in user_set or "augment.splice_epoch" in user_set
     if not augment.splice or augment.splice_epoch < epochs or is_set:
@@ -76,7 +76,7 @@ def _fit_splice(config: Config, user_set: Collection[str]) -> Config:
     return replace(config, augment=replace(augment, splice=0.0))
 
 
-def _fit_restarts(config: Config, user_set: Collection[str]) -> Config:
+def _adapt_restarts(config: Config, user_set: Collection[str]) -> Config:
     training = config.training
     if "training.restarts" in user_set:
         return config
@@ -87,7 +87,7 @@ def _fit_restarts(config: Config, user_set: Collection[str]) -> Config:
     return replace(config, training=replace(training, restarts=restarts))
 
 
-def fit_features(config: Config, corpus: Corpus, user_set: Collection[str]) -> Config:
+def adapt_features(config: Config, corpus: Corpus, user_set: Collection[str]) -> Config:
     """Take the size and kind of the features from an archive of features, and print them if they change.
 
     user_set: names of the settings that the user has set; these do not change.
@@ -103,7 +103,7 @@ def fit_features(config: Config, corpus: Corpus, user_set: Collection[str]) -> C
     return replace(config, features=replace(before, size=size, kind=kind))
 
 
-def fit_augment(config: Config, corpus: Corpus, user_set: Collection[str]) -> Config:
+def adapt_augment(config: Config, corpus: Corpus, user_set: Collection[str]) -> Config:
     """Turn off what needs recordings, or fewer values per frame, for an archive; print what is turned off.
 
     config has the features of the archive. user_set: names of the settings that the user has set; these do not change,
@@ -111,9 +111,9 @@ def fit_augment(config: Config, corpus: Corpus, user_set: Collection[str]) -> Co
     """
     from las_fast.data.degrade import SETTINGS  # imports torch, which would slow --help down
 
-    on = [name for name in SETTINGS if getattr(config.augment, name) > 0 and f"augment.{name}" not in user_set]
     if corpus.kind == "audio":
         return config
+    on = [name for name in SETTINGS if getattr(config.augment, name) > 0 and f"augment.{name}" not in user_set]
     off: dict[str, Any] = dict.fromkeys(on, 0.0)
     if on:
         print(f"augment: {', '.join(on)} need recordings, so they are 0 for this archive of features")
@@ -136,7 +136,7 @@ def describe_warp(config: Config, kind: str) -> None:
 
 def training_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
     """Return the names of the training splits; if --data names a split, print which splits are used."""
-    named, root = corpus.named, corpus.root
+    named, root = corpus.named_split, corpus.root
     splits = tuple(config.data.train) or corpus.resolve("train")
     if not named:
         return splits
@@ -179,8 +179,8 @@ def extra_splits(corpus: Corpus) -> tuple[str, ...]:
     Raises:
         InputError: there is none.
     """
-    if corpus.named:
-        return (corpus.named,)
+    if corpus.named_split:
+        return (corpus.named_split,)
     if "train" not in corpus.roles:
         raise InputError(
             f"--extra-data {corpus.root} has no training split; it has {', '.join(corpus.splits)}; "

@@ -26,7 +26,7 @@ from las_fast.training.report import (
     write_page,
 )
 from las_fast.training.runs import Run, open_runs, read_attention
-from las_fast.tree import to_tree
+from las_fast.tree import flatten, to_tree
 
 COLOURS = 8  # classes line1 to line8 of the page
 STYLES = [f"line{i}{pattern}" for pattern in ("", " dashed", " dotted") for i in range(1, COLOURS + 1)]
@@ -74,7 +74,7 @@ def _cells(run: Run) -> list[str]:
     best, speed = run.best or {}, train_speed(run)
     epochs = max((row["epoch"] for row in run.log if "epoch" in row), default=0)
     hours = run.valid[-1].get("core_hours") if run.valid else None
-    formed = "no" if run.formed is None else f"epoch {run.formed:g}"
+    formed = "no" if run.formed_epoch is None else f"epoch {run.formed_epoch:g}"
     return [
         f"{round(epochs, 1):g}",
         f"{best['cer']:.2f} %" if best else "",
@@ -110,19 +110,13 @@ def _curve(run: Run, style: str, part: str, key: str) -> Curve:
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return the settings that differ, each with its value in every run; "" if the value is unknown."""
-    flat = [_flatten(to_tree(run.config)) if run.config else None for run in runs]
+    flat = [
+        {name: _text(value) for name, value in flatten(to_tree(run.config))} if run.config else None for run in runs
+    ]
     known = [tree for tree in flat if tree is not None]
     names = dict.fromkeys(name for tree in known for name in tree)
     differing = [name for name in names if len({tree.get(name, "") for tree in known}) > 1]
     return {name: [tree.get(name, "") if tree is not None else "" for tree in flat] for name in differing}
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, str]:
-    """Return the settings of a tree as text, by name, such as training.epochs."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": _text(value)}
-    return flat
 
 
 def _text(value: Any) -> str:

@@ -122,7 +122,7 @@ def headline(results: Mapping[str, float | None], source: str = "") -> str:
 
 
 def _training(run: Run) -> str:
-    formed = run.formed
+    formed = run.formed_epoch
     mark = None if formed is None else (formed, f"attention formed, epoch {formed:g}")
     verdict = "has not formed" if formed is None else f"had formed by epoch {formed:g}"
     losses = [
@@ -172,7 +172,7 @@ def _in_percent(row: dict, key: str) -> dict:
 
 
 def _attention(run: Run) -> str:
-    files = _chosen(run.attention_files, run.formed)
+    files = _chosen(run.attention_files, run.formed_epoch)
     figures, caption = [], ""
     for path, is_formed in files:
         epoch, pictures = read_attention(path)

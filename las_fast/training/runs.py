@@ -63,7 +63,7 @@ class Run:
         return read_starts(self.path)
 
     @property
-    def formed(self) -> float | None:
+    def formed_epoch(self) -> float | None:
         """The epoch of the first validation at which attention had formed, or None."""
         return next((row["epoch"] for row in self.log if row.get("monitor", {}).get("formed")), None)
 
@@ -109,7 +109,7 @@ def open_runs(paths: Sequence[str | Path]) -> list[Run]:
 def read_log(run: str | Path) -> list[dict]:
     """Return the rows of run/log.jsonl that have an epoch.
 
-    Values that are not finite numbers are left out, except the text `line` and the dict `monitor`.
+    Of each row, finite numbers, the texts `kind` and `line` and the dict `monitor` are kept.
 
     Raises:
         InputError: there is no log. The error names the runs nearby.

@@ -67,7 +67,7 @@ class Trainer(Learner):
         self.earlier_core_seconds = 0.0  # CPU time of this training before it was resumed
         self.splice: Splice | None = None  # from epoch augment.splice_epoch on
         self.stop = StopSignals()
-        self.batch_size = (0, 0)  # utterances and padded feature frames of the latest batch; 0 before the first
+        self.batch_shape = (0, 0)  # utterances and padded feature frames of the latest batch; 0 before the first
         self.pace = Pace()
         self.announced = False  # whether the expected duration was printed
         self.logged = ""  # loss and speed at the latest logged step, for the progress bar
@@ -119,7 +119,7 @@ class Trainer(Learner):
     def _train_epoch(self, bar: ProgressBar) -> None:
         with contextlib.closing(self._timed_batches()) as batches:
             for batch in batches:
-                self.batch_size = (batch.features.shape[0], batch.features.shape[1])
+                self.batch_shape = (batch.features.shape[0], batch.features.shape[1])
                 losses = self.train_step(batch.to(self.device))
                 self.pace.add_step(seconds_of(float(batch.feature_lengths.sum()), self.config.features))
                 self._log_step(bar, losses)
@@ -150,7 +150,7 @@ class Trainer(Learner):
         """Replace an out-of-memory error by an InputError that names the setting to lower; return others unchanged."""
         if not is_out_of_memory(problem):
             return problem
-        utterances, frames = self.parts.size(self.batch_size[0]), self.batch_size[1]
+        utterances, frames = self.parts.size(self.batch_shape[0]), self.batch_shape[1]
         size = f"a batch of {utterances} utterances, {utterances * frames} frames," if utterances else "the first batch"
         remedy = f"--data.frames-per-batch below {self.config.data.frames_per_batch}"
         if utterances == 1:

@@ -16,7 +16,7 @@ from tiny_corpora import make_archive
 from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, TrainingConfig
 from las_fast.data.augment import Augment
 from las_fast.data.batch import Batch, make_loader
-from las_fast.data.batch_plan import CLASS_RATIOS, BucketBatches, padding_share, plan_curriculum, sorted_batches
+from las_fast.data.batch_plan import BUCKET_RATIOS, BucketBatches, padding_share, plan_curriculum, sorted_batches
 from las_fast.data.dataset import load_dataset
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
@@ -162,8 +162,8 @@ def test_the_batches_of_a_seed_are_the_same_in_every_version(count, frames, utte
 )  # fmt: skip
 def test_classes_are_as_wide_as_eight_percent_of_padding_allow(count, frames, utterances, ratio):
     batches = bucketed(LENGTHS[:count], frames=frames, utterances=utterances)
-    assert batches._ratio == ratio and (batches.padding_share(0) <= 0.08 or ratio == min(CLASS_RATIOS))
-    if wider := [r for r in CLASS_RATIOS if r > ratio]:
+    assert batches._ratio == ratio and (batches.padding_share(0) <= 0.08 or ratio == min(BUCKET_RATIOS))
+    if wider := [r for r in BUCKET_RATIOS if r > ratio]:
         batches._ratio = min(wider)
         assert batches.padding_share(0) > 0.08
 

@@ -386,10 +386,10 @@ def test_quotes_inside_a_value_are_text(tmp_path, long, name, text):
         ("m.json", '[{"path": "a.wav"}', "line 1 is not JSON: .*; correct it"),
         ("m.jsonl", '{"path": ' + "1" * 5000 + "}", "line 1 is not JSON: Exceeds"),
         ("m.tsv", "path\tpath\na\tb\n", "two columns named 'path'"),
-        ("m.tsv", "path\ttext\na.wav\tA\tB\n", "line 2 has 3 columns; its header has 2"),
+        ("m.tsv", "path\ttext\na.wav\tA\tB\n", "line 2 has 3 columns, but its header has 2"),
         ("m.csv", 'path,text\na.wav,"A\n', "line 2 has a field that spans several lines"),
         ("m.csv", 'path,text\na.wav,A\n\nb.wav,"A\nB"\n', "line 4 has a field that spans several lines"),
-        ("m.csv", "path,text\na.wav,A\n\nb.wav\n", "line 4 has 1 columns; its header has 2"),
+        ("m.csv", "path,text\na.wav,A\n\nb.wav\n", "line 4 has 1 columns, but its header has 2"),
         ("m.csv", f"path,text\na.wav,{'A' * 200_000}\n", "line 2 is not valid CSV"),
         ("m.csv", f"path,{'A' * 200_000}\na.wav,A\n", "line 1 is not valid CSV"),
         ("M.CSV", "a,b\n1,2\n", "header line that has a column 'path'"),
@@ -515,7 +515,9 @@ def test_the_folder_of_a_split_may_be_in_upper_case(tmp_path, long):
     for name in ("Train", "Dev"):
         (tmp_path / name).mkdir()
         write_table(tmp_path / name / "metadata.csv", [{"file_name": "../long.wav", "transcription": name.upper()}])
-    assert open_corpus(tmp_path / "Train").named == "train" and open_corpus(tmp_path / "Dev").choose(None) == ("dev",)
+    assert open_corpus(tmp_path / "Train").named_split == "train" and open_corpus(tmp_path / "Dev").choose(None) == (
+        "dev",
+    )
 
 
 def test_of_splits_that_differ_only_in_case_the_first_is_taken(tmp_path, long):

@@ -20,7 +20,7 @@ from las_fast.search.beam import TokenHypothesis, beam_search
 from las_fast.search.confidence import (
     FEATURES,
     Calibration,
-    Regression,
+    LogisticRegression,
     calibration_path_for,
     load_calibration,
     word_features,
@@ -30,7 +30,7 @@ from las_fast.search.words import MIN_GAP, Votes, WordFinder, shift_words, token
 from las_fast.text import Vocabulary
 
 VOCABULARY = Vocabulary()
-PLAIN = Regression(0.5, {"probability": 2.0, "ctc": 1.0}, {"probability": 0.25, "ctc": -1.0})
+PLAIN = LogisticRegression(0.5, {"probability": 2.0, "ctc": 1.0}, {"probability": 0.25, "ctc": -1.0})
 CALIBRATION = Calibration(PLAIN, replace(PLAIN, bias=-0.5))
 
 
@@ -193,7 +193,7 @@ def test_a_confidence_is_a_logistic_function_and_missing_features_take_their_mea
 
 
 def test_known_words_are_more_likely_right_and_greedy_search_has_weights_of_its_own():
-    weights = Regression(0.0, {"known": 2.0}, {"known": 0.5})
+    weights = LogisticRegression(0.0, {"known": 2.0}, {"known": 0.5})
     calibration = Calibration(weights, replace(weights, bias=-1.0), frozenset({"AB"}))
     memory, model = Memory(None, None, torch.tensor([20]), None), make_model(ctc_layer=-1)
     for greedy, bias in ((False, 0.0), (True, -1.0)):

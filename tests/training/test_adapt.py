@@ -47,7 +47,7 @@ def options_of(*argv):
 @pytest.mark.parametrize("edition", EDITIONS)
 def test_the_size_and_kind_of_features_follow_every_edition(tmp_path, edition):
     corpus = open_corpus(make_archive(tmp_path, edition, utterances=2))
-    features = adapt.fit_features(load_config("hw4p2"), corpus, ()).features
+    features = adapt.adapt_features(load_config("hw4p2"), corpus, ()).features
     layout = EDITIONS[edition]
     assert (features.size, features.kind) == (layout.size, FEATURE_FOLDERS[layout.features])
 
@@ -55,12 +55,12 @@ def test_the_size_and_kind_of_features_follow_every_edition(tmp_path, edition):
 def test_features_that_the_user_has_set_do_not_follow_the_data(tmp_path, capsys):
     corpus = open_corpus(make_archive(tmp_path, "S25", utterances=2))
     config = load_config("hw4p2")
-    assert adapt.fit_features(config, corpus, {"features.size", "features.kind"}) == config
+    assert adapt.adapt_features(config, corpus, {"features.size", "features.kind"}) == config
     assert capsys.readouterr().out == ""
-    assert adapt.fit_features(config, corpus, {"features.size"}).features == replace(config.features, kind="logmel")
+    assert adapt.adapt_features(config, corpus, {"features.size"}).features == replace(config.features, kind="logmel")
     assert capsys.readouterr().out.startswith("features: 28 logmel values per frame, as in the data (the settings say")
     audio = open_corpus(make_librispeech(tmp_path / "audio"))
-    assert adapt.fit_features(config, audio, ()) == config
+    assert adapt.adapt_features(config, audio, ()) == config
 
 
 def test_s25_trains_with_the_preset_of_another_edition(tmp_path, capsys):
@@ -80,27 +80,27 @@ def test_the_settings_are_checked_again_with_the_features_of_the_archive(tmp_pat
 
 def test_the_warp_of_a_preset_is_off_for_more_mfcc_than_mel_filters(tmp_path, capsys):
     archive = open_corpus(make_archive(tmp_path, "S24", utterances=2))
-    config = adapt.fit_features(load_config("an4"), archive, ())
+    config = adapt.adapt_features(load_config("an4"), archive, ())
     capsys.readouterr()
-    assert adapt.fit_augment(config, archive, ()).augment == replace(config.augment, warp=0.0)
+    assert adapt.adapt_augment(config, archive, ()).augment == replace(config.augment, warp=0.0)
     message = "augment.warp: 0, because the archive has 27 MFCC, and features.mel_bins is below that\n"
     assert capsys.readouterr().out == message
-    assert adapt.fit_augment(config, archive, {"features.mel_bins"}) == config
+    assert adapt.adapt_augment(config, archive, {"features.mel_bins"}) == config
 
 
 def test_what_needs_recordings_is_off_for_an_archive(tmp_path, capsys):
     archive = open_corpus(make_archive(tmp_path, "S25", utterances=2))
     config = load_config("english")
     off = dict.fromkeys(("silence", "room", "noise", "babble", "band_limit"), 0.0)
-    assert adapt.fit_augment(config, archive, ()).augment == replace(config.augment, **off)
+    assert adapt.adapt_augment(config, archive, ()).augment == replace(config.augment, **off)
     message = "augment: silence, noise, babble, room, band_limit need recordings, so they are 0 for this archive"
     assert sorted(capsys.readouterr().out) == sorted(f"{message} of features\n")
-    kept = adapt.fit_augment(config, archive, {"augment.noise"})
+    kept = adapt.adapt_augment(config, archive, {"augment.noise"})
     assert kept.augment == replace(config.augment, **(off | {"noise": config.augment.noise}))
     audio = open_corpus(make_librispeech(tmp_path / "audio"))
     capsys.readouterr()
     for unchanged, corpus in ((config, audio), (load_config("an4"), archive)):
-        assert adapt.fit_augment(unchanged, corpus, ()) == unchanged
+        assert adapt.adapt_augment(unchanged, corpus, ()) == unchanged
     assert capsys.readouterr().out == ""
 
 
@@ -204,7 +204,7 @@ def archive(tmp_path_factory):
 @pytest.mark.parametrize("below", ["train-clean-100", "train-clean-100/mfcc", "train-clean-100/"])
 def test_the_split_that_data_names_is_trained_alone(archive, capsys, below):
     corpus = open_corpus(f"{archive}/{below}")
-    assert (corpus.root, corpus.named) == (archive, "train-clean-100")
+    assert (corpus.root, corpus.named_split) == (archive, "train-clean-100")
     assert adapt.training_splits(Config(), corpus) == ("train-clean-100",)
     assert capsys.readouterr().out == (
         f"training on train-clean-100 only, which --data names; for train-clean-360 as well, give {archive}\n"
@@ -214,7 +214,7 @@ def test_the_split_that_data_names_is_trained_alone(archive, capsys, below):
 @pytest.mark.parametrize("root", ["", "."])
 def test_an_archive_trains_all_its_splits(archive, capsys, root):
     corpus = open_corpus(archive / root)
-    assert adapt.training_splits(Config(), corpus) == ("train-clean-100", "train-clean-360") and not corpus.named
+    assert adapt.training_splits(Config(), corpus) == ("train-clean-100", "train-clean-360") and not corpus.named_split
     assert capsys.readouterr().out == ""
 
 

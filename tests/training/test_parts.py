@@ -90,7 +90,7 @@ def test_later_batches_of_that_size_are_divided_at_once_and_smaller_ones_are_not
 
 def test_an_utterance_that_does_not_fit_alone_ends_the_training(trainer, monkeypatch):
     batch = first_batch(trainer)
-    trainer.batch_size = (len(batch.indices), batch.features.shape[1])
+    trainer.batch_shape = (len(batch.indices), batch.features.shape[1])
     fail_above(trainer, monkeypatch, 0)
     with pytest.raises(MemoryError) as error:
         trainer._gradients(batch)

@@ -281,7 +281,7 @@ def test_the_validation_that_formed_is_distinguished_from_its_neighbours(tmp_pat
     (run / "attention" / "epoch-0005.00.npz").rename(run / "attention" / "epoch-0003.02.npz")
     (run / "attention" / "epoch-0004.00.npz").unlink()
     for formed, shown in ((3.0133, ["1", "3.01, formed"]), (3.0, ["1", "3.02"]), (None, ["1", "3.02"])):
-        monkeypatch.setattr(runs.Run, "formed", formed)
+        monkeypatch.setattr(runs.Run, "formed_epoch", formed)
         page = report._attention(runs.open_runs([run])[0])
         assert re.findall(r"<figcaption>epoch (.*?)</figcaption>", page) == shown
 

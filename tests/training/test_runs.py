@@ -27,15 +27,15 @@ def test_a_run_has_the_best_validation_and_the_epoch_at_which_attention_formed(t
         {"kind": "valid", "epoch": e, "cer": c, "monitor": {"formed": e > 1}} for e, c in ((1, 9.0), (2, 3.0), (3, 4.0))
     ]
     (run,) = open_runs([make_run(tmp_path / "run", {"kind": "train", "epoch": 0.5}, *valid)])
-    assert run.best["epoch"] == 2 and run.formed == 2 and len(run.train) == 1 and len(run.valid) == 3
+    assert run.best["epoch"] == 2 and run.formed_epoch == 2 and len(run.train) == 1 and len(run.valid) == 3
     (empty,) = open_runs([make_run(tmp_path / "empty", {"kind": "valid", "epoch": 1, "cer": None})])
-    assert empty.best is None and empty.formed is None and empty.settings == "" and empty.config is None
+    assert empty.best is None and empty.formed_epoch is None and empty.settings == "" and empty.config is None
 
 
 def test_rows_of_other_programs_and_files_of_other_names_are_left_out(tmp_path):
     rows = [{"kind": "train"}, {"kind": "valid", "epoch": "1"}, {"kind": "valid", "epoch": 2, "monitor": None}]
     (run,) = open_runs([make_run(tmp_path / "run", *rows)])
-    assert run.log == [{"step": 1, "kind": "valid", "epoch": 2, "monitor": {}}] and run.formed is None
+    assert run.log == [{"step": 1, "kind": "valid", "epoch": 2, "monitor": {}}] and run.formed_epoch is None
     (run.path / "attention").mkdir()
     for name in ("epoch-0010.00", "epoch-0002.50", "epoch-x", "epoch-1-old"):
         (run.path / "attention" / f"{name}.npz").touch()

@@ -37,7 +37,7 @@ def test_a_new_trainer_starts_at_step_0(trainer, archive, tmp_path, monkeypatch)
         step=0, best_cer=math.inf, plateau=Plateau(), averaged_steps=0, skipped_in_a_row=0, validated=0
     )
     monkeypatch.setattr(trainer_module.time, "process_time", lambda: 0.0)
-    assert trainer.core_hours() == 0.0 and trainer.saved_step is None and trainer.batch_size == (0, 0)
+    assert trainer.core_hours() == 0.0 and trainer.saved_step is None and trainer.batch_shape == (0, 0)
     assert trainer.logged == "" and trainer.consistent and not trainer.stop.deferred and not trainer.scaler.is_enabled()
     assert trainer.precision == torch.float32
     trainer.stop.check()
@@ -63,7 +63,7 @@ def test_the_pace_counts_seconds_of_audio_without_padding(trainer, monkeypatch):
     trainer._saved_at = math.inf
     trainer._train_epoch(None)
     assert trainer.pace.audio_seconds == pytest.approx(int(trainer.train_data.frame_counts.sum()) * 0.01)
-    assert trainer.batch_size == sizes[-1] and len(sizes) == 3
+    assert trainer.batch_shape == sizes[-1] and len(sizes) == 3
 
 
 def test_the_loader_polls_for_a_stop_signal_while_it_waits(trainer, monkeypatch):
@@ -393,7 +393,7 @@ def test_a_failed_save_raises_unless_an_error_came_first(error):
     ],
 )  # fmt: skip
 def test_out_of_memory_names_the_right_setting(size, saved, sentence):
-    trainer = bare_trainer(batch_size=size)
+    trainer = bare_trainer(batch_shape=size)
     trainer.progress.step = 7
     actual = trainer._explain(MemoryError(), saved)
     assert isinstance(actual, InputError) and str(actual) == f"training on {sentence}"
