@@ -47,22 +47,22 @@ void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor&
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_topk(
     const at::Tensor& logits_in, const at::Tensor& scores_in, const at::Tensor& finished_in,
-    const at::Tensor& lengths_in, int64_t eos, const Optional& min_lengths_in, const Optional& max_lengths_in,
+    const at::Tensor& lengths_in, int64_t eos, const Optional& minimum_in, const Optional& maximum_in,
     double length_penalty, double eos_threshold, const Optional& coverage_in, const Optional& ngram_log_probs_in,
     double ngram_weight, const Optional& ctc_next_log_probs_in, double ctc_weight, double beam_threshold) {
-  check(logits_in, scores_in, finished_in, lengths_in, eos, min_lengths_in, max_lengths_in, coverage_in,
+  check(logits_in, scores_in, finished_in, lengths_in, eos, minimum_in, maximum_in, coverage_in,
         ngram_log_probs_in, ctc_next_log_probs_in);
   const at::Tensor logits = logits_in.to(at::kFloat).contiguous(), scores = scores_in.contiguous();
   const at::Tensor finished = finished_in.contiguous(), lengths = lengths_in.contiguous();
-  const Optional min_lengths = contiguous(min_lengths_in), max_lengths = contiguous(max_lengths_in);
+  const Optional minimum = contiguous(minimum_in), maximum = contiguous(maximum_in);
   const Optional coverage = contiguous(coverage_in), ctc_next_log_probs = contiguous(ctc_next_log_probs_in);
   const Optional ngram_log_probs = contiguous(ngram_log_probs_in);
   const int64_t B = logits.size(0), K = logits.size(1), V = logits.size(2);
   const Inputs in{logits.const_data_ptr<float>(), scores.const_data_ptr<float>(), finished.const_data_ptr<bool>(),
                   lengths.const_data_ptr<int64_t>(), K, V, block_count(V)};
   const Options options{eos,
-                        data_or_null<int64_t>(min_lengths),
-                        data_or_null<int64_t>(max_lengths),
+                        data_or_null<int64_t>(minimum),
+                        data_or_null<int64_t>(maximum),
                         length_penalty,
                         float(eos_threshold),
                         data_or_null<float>(coverage),

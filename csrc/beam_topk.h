@@ -112,7 +112,7 @@ class BestCandidates {
 
 struct Options {
   int64_t eos;
-  const int64_t *min_lengths, *max_lengths;  // (B,) or null
+  const int64_t *minimum, *maximum;  // (B,) or null
   double length_penalty;
   float eos_threshold;
   const float *coverage, *ngram_log_probs;  // (B, K) and (B, K, V), or null
@@ -197,11 +197,11 @@ inline void offer_beam(const Inputs& in, const Options& options, const RowSummar
                          options.ctc_weight};
   if (finished) return best.offer(beam.candidate(0.0f, first + eos));
   if (beam.score == -INFINITE) return;
-  if (options.max_lengths && in.lengths[at] >= options.max_lengths[b])
+  if (options.maximum && in.lengths[at] >= options.maximum[b])
     return best.offer(beam.candidate(beam.step(eos), first + eos));
   const bool eos_denied =
       (options.eos_threshold != 0.0f && below_threshold(beam, in, eos, options.eos_threshold)) ||
-      (options.min_lengths && in.lengths[at] < options.min_lengths[b]);
+      (options.minimum && in.lengths[at] < options.minimum[b]);
   offer_all(beam, first, in, eos_denied ? eos : -1, best);
 }
 

@@ -60,14 +60,14 @@ class LatticeRows {
 // The forward and backward recursion over one utterance, in log-probabilities.
 class Lattice {
  public:
-  // Return the transcript's log-probability. With `repeats_need_no_blank`, equal tokens need no blank between them.
+  // Return the transcript's log-probability. With `allow_adjacent_equal`, equal tokens need no blank between them.
   template <int W>
-  LAS_INLINE double forward(const Utterance& utterance, bool repeats_need_no_blank) {
+  LAS_INLINE double forward(const Utterance& utterance, bool allow_adjacent_equal) {
     compute_emissions<W>(utterance);
     largest_.assign(utterance.T + 1, 0.0);
     skip_blank_.reset(utterance.S);
     for (int64_t u = 2; u <= utterance.S; ++u)  // no token comes before the first
-      if (repeats_need_no_blank || utterance.tokens[u - 1] != utterance.tokens[u - 2]) skip_blank_.at()[u] = 0.0f;
+      if (allow_adjacent_equal || utterance.tokens[u - 1] != utterance.tokens[u - 2]) skip_blank_.at()[u] = 0.0f;
     in_token_.reset(utterance.S, utterance.T + 1), in_blank_.reset(utterance.S, utterance.T + 1);
     in_blank_.at(0)[0] = 0.0f;
     for (int64_t t = 0; t < utterance.T; ++t) {

@@ -112,7 +112,7 @@ LAS_INLINE void multiply_tile(const Int8Rows& rows, int64_t row, const Int8Panel
   }
 }
 
-#ifdef LAS_BF16_DOTS
+#ifdef LAS_X86_INTRINSICS
 #define LAS_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
 inline bool has_int8_dots() { return max_lanes >= 16 && __builtin_cpu_supports("avx512vnni"); }
@@ -187,7 +187,7 @@ inline void matmul(const Int8Rows& rows, const Int8Panels& weights, InitialSums 
 #ifdef LAS_AMX
   if (has_tiles()) return matmul_amx(rows, weights, initial, out);
 #endif
-#ifdef LAS_BF16_DOTS
+#ifdef LAS_X86_INTRINSICS
   if (has_int8_dots()) {
     for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
       for_each_tile<TILE_ROWS<16>>(rows.count, [&](int64_t row, auto size) {

@@ -26,7 +26,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
-#define LAS_BF16_DOTS
+#define LAS_X86_INTRINSICS
 #endif
 
 namespace las {
@@ -205,7 +205,7 @@ LAS_INLINE void multiply_tile(const RowSource& rows, int64_t row, const Panels<T
   }
 }
 
-#ifdef LAS_BF16_DOTS
+#ifdef LAS_X86_INTRINSICS
 #define LAS_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
 
 inline bool has_bf16_dots() { return max_lanes >= 16 && __builtin_cpu_supports("avx512bf16"); }
@@ -276,7 +276,7 @@ void matmul(const RowSource& rows, const Panels<T>& weights, InitialSums initial
   if constexpr (!std::is_same_v<T, float> && !std::is_same_v<RowSource, PanelRows<T>>)
     if (has_tiles()) return matmul_amx(rows, weights, initial, out);
 #endif
-#ifdef LAS_BF16_DOTS
+#ifdef LAS_X86_INTRINSICS
   if constexpr (!std::is_same_v<T, float>) {
     if (has_bf16_dots()) {
       for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)

@@ -88,7 +88,7 @@ LAS_INLINE void pack_panel(const S* source, int64_t column_stride, int64_t k_str
     }
 }
 
-#ifdef LAS_BF16_DOTS
+#ifdef LAS_X86_INTRINSICS
 // Round two vectors to bfloat16 with the processor's instruction. Like its dot product, it flushes subnormals to zero.
 LAS_AVX512_BF16 inline __m512i round_two_to_bf16(const float* low, const float* high, __m512 factor) {
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(high) * factor, _mm512_loadu_ps(low) * factor);
@@ -186,7 +186,7 @@ Panels<T> pack(const S* source, int64_t column_stride, int64_t k_stride, int64_t
                float factor = 1.0f) {
   const int64_t padded_depth = padded(depth, DEPTH_INTERLEAVE<T>);
   int64_t done = 0;
-#ifdef LAS_BF16_DOTS
+#ifdef LAS_X86_INTRINSICS
   if constexpr (std::is_same_v<S, float> && !std::is_same_v<T, float>)
     done = pack_natively(source, column_stride, k_stride, columns, depth, padded_depth, factor, to);
 #endif

@@ -95,8 +95,8 @@ class SearchWorker {
   topk::Options options_of(const SearchSlot<T>& slot) const {
     const auto limit = [&](const at::Tensor& x) { return x.const_data_ptr<int64_t>() + slot.b; };
     return {arguments_.eos,
-            arguments_.min_lengths ? limit(*arguments_.min_lengths) : nullptr,
-            limit(arguments_.max_lengths),
+            arguments_.minimum ? limit(*arguments_.minimum) : nullptr,
+            limit(arguments_.maximum),
             arguments_.length_penalty,
             arguments_.eos_threshold,
             arguments_.coverage_weight != 0.0f ? slot.coverage.data() : nullptr,

@@ -26,7 +26,7 @@ struct ZeroedBuffer : RowBuffer<T> {
 template <class T>
 void convert(const float* from, int64_t n, T* to) {
   int64_t done = 0;
-#ifdef LAS_BF16_DOTS
+#ifdef LAS_X86_INTRINSICS
   if constexpr (std::is_same_v<T, c10::BFloat16>)
     if (has_bf16_dots()) las::convert_natively(from, done = n / 32 * 32, to);
 #endif

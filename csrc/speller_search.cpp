@@ -146,13 +146,13 @@ auto dispatch_precision(c10::string_view precision, const Body& body) {
 }
 
 void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths, int64_t beam,
-           int64_t sos, int64_t eos, const std::optional<at::Tensor>& min_lengths, const at::Tensor& max_lengths,
+           int64_t sos, int64_t eos, const std::optional<at::Tensor>& minimum, const at::Tensor& maximum,
            const std::optional<at::Tensor>& ngram_rows, const std::optional<at::Tensor>& ngram_arcs,
            int64_t ngram_order, int64_t ngram_start, const std::optional<at::Tensor>& ctc_log_probs) {
   las::check_memory(keys, values, lengths);
   const int64_t B = keys.size(0);
-  las::check_lengths("minimum", min_lengths, B);
-  las::check_lengths("maximum", max_lengths, B);
+  las::check_lengths("minimum", minimum, B);
+  las::check_lengths("maximum", maximum, B);
   TORCH_CHECK(beam >= 1, "beam must be at least 1; got ", beam);
   las::check_token("sos", sos, V);
   las::check_token("eos", eos, V);
@@ -170,23 +170,23 @@ void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at
 }
 
 Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths,
-                     int64_t beam, int64_t sos, int64_t eos, const std::optional<at::Tensor>& min_lengths,
-                     const at::Tensor& max_lengths, double length_penalty, double eos_threshold,
+                     int64_t beam, int64_t sos, int64_t eos, const std::optional<at::Tensor>& minimum,
+                     const at::Tensor& maximum, double length_penalty, double eos_threshold,
                      double coverage_weight, const std::optional<at::Tensor>& ngram_rows,
                      const std::optional<at::Tensor>& ngram_arcs, int64_t ngram_order, int64_t ngram_start,
                      double ngram_weight, const std::optional<at::Tensor>& ctc_log_probs, double ctc_weight,
                      double beam_threshold, c10::string_view precision, const std::optional<at::Tensor>& packed) {
   const SpellerWeights weights(list);
-  check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, min_lengths, max_lengths, ngram_rows,
+  check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, minimum, maximum, ngram_rows,
         ngram_arcs, ngram_order, ngram_start, ctc_log_probs);
   const SearchArguments arguments{keys.contiguous(),
                                   values.contiguous(),
                                   lengths.contiguous(),
-                                  contiguous(min_lengths),
+                                  contiguous(minimum),
                                   contiguous(ngram_rows),
                                   contiguous(ngram_arcs),
                                   contiguous(ctc_log_probs),
-                                  max_lengths.contiguous(),
+                                  maximum.contiguous(),
                                   keys.size(0),
                                   keys.size(1),
                                   beam,

@@ -29,12 +29,12 @@ def backtrack_kernel(
     for i in range(L):
         t = tl.cast(L - 1 - i, tl.int64)
         step = (t * B + b) * K
-        token = tl.load(tokens + step + beam, mask=exists)
-        score = tl.load(scores + step + beam, mask=exists)
-        beam = tl.load(parents + step + beam, mask=exists)
+        token = tl.load(tokens + step + beam, mask=exists, other=0)
+        score = tl.load(scores + step + beam, mask=exists, other=0.0)
+        beam = tl.load(parents + step + beam, mask=exists, other=0)
         beam = tl.minimum(tl.maximum(beam, 0), K - 1)  # a kernel cannot raise: clamp
         before = tl.load(scores + step - B * K + beam, mask=exists & (t > 0), other=0.0)
-        frame = tl.load(attended_frames + step + beam, mask=exists)
+        frame = tl.load(attended_frames + step + beam, mask=exists, other=0)
         token_score = tl.where(score == before, 0.0, score - before)  # 0 even where both are -inf
         length = tl.where(token == eos, t, length)
         tl.store(out_tokens + row * L + t, token, mask=exists)

@@ -26,7 +26,7 @@ def gather_kernel(states, gathered, parents, sizes, K, BLOCK: tl.constexpr):
             # (BLOCK,)
             n = start + tl.arange(0, BLOCK)
             inside = n < sizes[i]
-            x = tl.load(states[i] + source * sizes[i] + n, mask=inside)
+            x = tl.load(states[i] + source * sizes[i] + n, mask=inside, other=0)
             tl.store(gathered[i] + row * sizes[i] + n, x, mask=inside)
 
 

@@ -96,11 +96,11 @@ def _candidates(steps, row, v, V, eos, score, finished, denied, forced, ngram_lo
     # (R, BLOCK_V)
     is_eos = (v == eos)[None, :]
     if CTC:
-        log_probs = tl.load(ctc_next_log_probs + row[:, None] * V + v[None, :], mask=inside)
+        log_probs = tl.load(ctc_next_log_probs + row[:, None] * V + v[None, :], mask=inside, other=0.0)
         mixed = (1.0 - ctc_weight) * steps + ctc_weight * log_probs
         steps = tl.where(steps == -float("inf"), steps, mixed)  # 0 * -inf would be NaN
     if NGRAM:
-        log_probs = tl.load(ngram_log_probs + row[:, None] * V + v[None, :], mask=inside)
+        log_probs = tl.load(ngram_log_probs + row[:, None] * V + v[None, :], mask=inside, other=0.0)
         steps = steps + ngram_weight * log_probs
     steps = tl.where((is_eos & denied[:, None]) | ((is_eos == 0) & forced[:, None]), -float("inf"), steps)
     steps = tl.where(finished[:, None], tl.where(is_eos, 0.0, -float("inf")), steps)
@@ -163,9 +163,9 @@ def topk_kernel(
     steps = tl.where(has_softmax[:, None], (x - finite[:, None]) - log_sum[:, None], -float("inf"))
     is_eos = (v == eos)[None, :]
     # (BLOCK_K,)
-    score = tl.load(scores + row, mask=exists)
-    done = tl.load(finished + row, mask=exists)
-    count = tl.load(lengths + row, mask=exists)
+    score = tl.load(scores + row, mask=exists, other=-float("inf"))
+    done = tl.load(finished + row, mask=exists, other=0)
+    count = tl.load(lengths + row, mask=exists, other=0)
     denied, forced = _eos_rules(
         tl.max(tl.where(is_eos, steps, -float("inf")), 1), tl.max(tl.where(is_eos, -float("inf"), steps), 1), count,
         b, minimum, maximum, threshold, MINIMUM, MAXIMUM, THRESHOLD,
@@ -175,7 +175,7 @@ def topk_kernel(
         steps, row, v, V, eos, score, done, denied, forced, ngram_log_probs, ngram_weight,
         ctc_next_log_probs, ctc_weight, inside, NGRAM, CTC,
     )  # fmt: skip
-    covered = tl.load(coverage + row, mask=exists) if COVERAGE else score
+    covered = tl.load(coverage + row, mask=exists, other=0.0) if COVERAGE else score
     ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
     keys = tl.where(inside, _keys(ranks, k[:, None] * V + v[None, :]), NO_KEY)
     _take_best(
@@ -235,7 +235,7 @@ def row_kernel(
         # (1, BLOCK_V)
         v = start + local
         inside = (v < V)[None, :]
-        x = tl.load(line + v[None, :], mask=inside).to(tl.float32)
+        x = tl.load(line + v[None, :], mask=inside, other=-float("inf")).to(tl.float32)
         steps = tl.where(has_softmax[:, None], (x - top[:, None]) - log_sum[:, None], -float("inf"))
         candidates = _candidates(
             steps, row, v, V, eos, score, done, denied, forced, ngram_log_probs, ngram_weight,
@@ -274,7 +274,7 @@ def merge_kernel(
     i = tl.arange(0, BLOCK)
     inside = i < K * K
     keys = tl.load(row_keys + b * K * K + i, mask=inside, other=NO_KEY)
-    candidates = tl.load(row_scores + b * K * K + i, mask=inside)
+    candidates = tl.load(row_scores + b * K * K + i, mask=inside, other=-float("inf"))
     _take_best(
         keys, candidates, b, K, V, eos, finished, lengths, length_penalty, beam_threshold,
         out_scores, out_tokens, out_parents, out_finished, out_lengths, PENALTY, PRUNE,

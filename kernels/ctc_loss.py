@@ -59,7 +59,7 @@ def states_kernel(
     token = tl.load(tokens + b * S + state // 2, mask=is_token, other=0)
     back = tl.where(reverse, -1, 1)  # from a state to the previous one
     follows = is_token & (order != 1)  # another token
-    before = tl.load(tokens + b * S + state // 2 - back, mask=follows)
+    before = tl.load(tokens + b * S + state // 2 - back, mask=follows, other=0)
     skips = follows & ((before != token) | ALLOW_ADJACENT_EQUAL)
     log_probs += b * T * V
     sums += (tl.program_id(1) * B + b) * T * N
@@ -70,7 +70,7 @@ def states_kernel(
         one = tl.load(last - back, mask=inside & (order >= 1) & (i > 0), other=-float("inf"))
         two = tl.load(last - 2 * back, mask=skips & (i > 0), other=-float("inf"))
         one = tl.where((i == 0) & (order == 1), 0.0, one)
-        p = tl.load(log_probs + t * V + token, mask=inside)
+        p = tl.load(log_probs + t * V + token, mask=inside, other=0.0)
         alpha = _sum3(alpha, one, two) + p
         tl.store(sums + t * N + state, alpha, mask=inside)
         tl.debug_barrier()

@@ -80,10 +80,10 @@ def prefix_kernel(
         at = ctc_log_probs + t.to(tl.int64) * V
         blanks = at + BLANK
         inside = t < T
-        label = tl.load(at + token, mask=inside)
+        label = tl.load(at + token, mask=inside, other=0.0)
         blank = tl.load(blanks, mask=inside, other=0.0)  # 0 past the end, so that alpha is carried
         # f: a repeated token must follow a blank; any other token may follow every state of the parent
-        from_any = tl.load(before + t, mask=inside & (repeats == 0))
+        from_any = tl.load(before + t, mask=inside & (repeats == 0), other=-float("inf"))
         repeated = inside & repeats & (t > 0)
         from_blank = tl.load(before + t - 1, mask=repeated, other=-float("inf"))
         from_blank += tl.load(blanks - V, mask=repeated, other=-float("inf"))

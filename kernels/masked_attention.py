@@ -136,12 +136,12 @@ def finish_kernel(
     peak = tl.zeros([BLOCK_K], tl.int32)
     for i in range(splits):  # in order, so that ranges of padding change no bit
         part = (b * splits + i) * K + k
-        part_m = tl.load(maxima + part, mask=k < K)
+        part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
         if SPLIT:
-            peak = tl.where(part_m > m, tl.load(part_peaks + part, mask=k < K), peak)
+            peak = tl.where(part_m > m, tl.load(part_peaks + part, mask=k < K, other=0), peak)
         m_new = tl.maximum(m, part_m)
         finite = _finite(m_new)
-        l = l * tl.exp2(m - finite) + tl.load(sums + part, mask=k < K) * tl.exp2(part_m - finite)
+        l = l * tl.exp2(m - finite) + tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite)
         m = m_new
     finite = _finite(m)
     total = _nonzero(l)
@@ -150,7 +150,7 @@ def finish_kernel(
         # (BLOCK_K, BLOCK_T)
         at = weights + (b * K + k[:, None]) * T + t[None, :]
         valid = (k[:, None] < K) & (t[None, :] < tl.load(lengths + b))
-        s = tl.load(at, mask=valid & (t[None, :] < T))
+        s = tl.load(at, mask=valid & (t[None, :] < T), other=-float("inf"))
         w = tl.exp2(s - finite[:, None]) / total[:, None]
         tl.store(at, tl.where(valid, w, 0.0), mask=(k[:, None] < K) & (t[None, :] < T))
     if SPLIT and block == 0:
@@ -159,9 +159,9 @@ def finish_kernel(
         a = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
         for i in range(splits):
             part = (b * splits + i) * K + k
-            part_m = tl.load(maxima + part, mask=k < K)
-            fraction = tl.load(sums + part, mask=k < K) * tl.exp2(part_m - finite) / total
-            average = tl.load(part_context + part[:, None] * E + e[None, :], mask=inside)
+            part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
+            fraction = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite) / total
+            average = tl.load(part_context + part[:, None] * E + e[None, :], mask=inside, other=0.0)
             a += fraction[:, None] * average.to(tl.float32)
         row = b * K + k
         tl.store(context + row[:, None] * E + e[None, :], a.to(context.dtype.element_ty), mask=inside)

@@ -39,7 +39,7 @@ from las_fast.kernels.unroll_backward import (
     output_layer_gradients,
 )
 from las_fast.kernels.unroll_forward import bind_attend, bind_cells, bind_choose
-from las_fast.kernels.unroll_layout import layout, output_layer, part_starts
+from las_fast.kernels.unroll_layout import make_layout, output_layer, part_starts
 from torch import Tensor
 
 from las_fast.ops import SpellerWeights
@@ -66,17 +66,17 @@ def speller_unroll(
     """
     speller = SpellerWeights.from_flat(weights)
     (B, U), V, T, E = tokens.shape, len(speller.embedding), keys.shape[1], values.shape[2]
-    where = layout(speller.cell_sizes, E)
+    layout = make_layout(speller.cell_sizes, E)
     # Zeros: the first step reads its hidden states and context here, and opcheck compares the gaps between the parts.
-    operands = keys.new_zeros(U, B, where.operands, dtype=torch.bfloat16 if bf16 else torch.float32)
-    states, attention = keys.new_zeros(U, B, where.states), keys.new_empty(U, B, T)
+    operands = keys.new_zeros(U, B, layout.operands, dtype=torch.bfloat16 if bf16 else torch.float32)
+    states, attention = keys.new_zeros(U, B, layout.states), keys.new_empty(U, B, T)
     if B == 0:
         return keys.new_empty(U, B, V).transpose(0, 1), attention.transpose(0, 1), tokens.t().clone(), operands, states
     torch._assert_async(((tokens >= 0) & (tokens < V)).all(), f"tokens must be at least 0 and less than V={V}")
     tokens_read = tokens.t().clamp(0, V - 1).contiguous()  # the kernels may read before the assertion stops the program
-    cells = bind_cells(speller, masks, tokens_read, operands, states, where)
-    attend = bind_attend(speller, keys, values, lengths, operands, attention, where)
-    choose = bind_choose(speller, sampled, tokens_read, operands, where) if sampled.numel() else None
+    cells = bind_cells(speller, masks, tokens_read, operands, states, layout)
+    attend = bind_attend(speller, keys, values, lengths, operands, attention, layout)
+    choose = bind_choose(speller, sampled, tokens_read, operands, layout) if sampled.numel() else None
     position = _positions(keys, 0)
 
     def spell(u: int) -> None:
@@ -88,7 +88,7 @@ def speller_unroll(
             choose(position=now)
 
     _repeat(spell, U, keys.device)
-    logits = output_layer(speller, operands, where)[-1]
+    logits = output_layer(speller, operands, layout)[-1]
     return logits.view(U, B, V).transpose(0, 1), attention.transpose(0, 1), tokens_read, operands, states
 
 
@@ -102,8 +102,8 @@ def speller_unroll_backward(
     if B == 0:
         return [torch.zeros_like(x) for x in weights], torch.zeros_like(keys), torch.zeros_like(values)
     speller = SpellerWeights.from_flat(weights)
-    where, starts = layout(speller.cell_sizes, E), part_starts([len(bias) for bias in speller.gate_biases])
-    readout, output_gradients = output_layer_gradients(logits_gradient, speller, operands, where)
+    layout, starts = make_layout(speller.cell_sizes, E), part_starts([len(bias) for bias in speller.gate_biases])
+    readout, output_gradients = output_layer_gradients(logits_gradient, speller, operands, layout)
     gates = operands.new_empty(U, B, starts[-1])
     attention = attention.transpose(0, 1).contiguous()  # (U, B, T)
     contexts, scores = values.new_empty(U, B, E), torch.empty_like(attention)
@@ -113,7 +113,7 @@ def speller_unroll_backward(
         speller, keys, values, lengths, attention_gradient, attention, readout, contexts, scores, output,
         operands.dtype,
     )  # fmt: skip
-    cells = bind_cell_gradients(speller, masks, gates, states, output, hidden, where, starts)
+    cells = bind_cell_gradients(speller, masks, gates, states, output, hidden, layout, starts)
     position = _positions(keys, U - 1)
 
     def differentiate(i: int) -> None:
@@ -124,8 +124,8 @@ def speller_unroll_backward(
             cell(position=now, next_position=after)
 
     _repeat(differentiate, U, keys.device)
-    query, query_bias, *memory = memory_gradients(speller, keys, attention, operands, contexts, scores, where)
-    embedding, *cell_weights = gates_gradients(speller, tokens_read, operands, gates, where, starts)
+    query, query_bias, *memory = memory_gradients(speller, keys, attention, operands, contexts, scores, layout)
+    embedding, *cell_weights = gates_gradients(speller, tokens_read, operands, gates, layout, starts)
     output_gradients[0] += embedding
     return [output_gradients[0], query, query_bias, *output_gradients[1:], *cell_weights], *memory
 

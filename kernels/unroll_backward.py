@@ -180,7 +180,7 @@ def bind_attend_gradient(
 
 
 def bind_cell_gradients(
-    weights, masks, gates, states, output, hidden, where: Layout, starts: list[int]
+    weights, masks, gates, states, output, hidden, layout: Layout, starts: list[int]
 ) -> list[Callable[..., None]]:
     """Return the launches of the cells' gradients, from the last cell to the first."""
     (U, B, _), sizes = gates.shape, weights.cell_sizes
@@ -191,15 +191,15 @@ def bind_cell_gradients(
         launches.append(partial(
             cell_gradient_kernel[matmul_grid(B, H)],
             gates, states, transposed[n], transposed[above], output, hidden, states.new_empty(B, H),
-            masks[n].contiguous() if masks else None, B, U, starts[-1], where.states, where.cell[n], where.gates[n],
-            starts[n], starts[above], where.below_size[n], H, sizes[above],
+            masks[n].contiguous() if masks else None, B, U, starts[-1], layout.states, layout.cell[n], layout.gates[n],
+            starts[n], starts[above], layout.below_size[n], H, sizes[above],
             FIRST=n == 0, LAST=n + 1 == len(sizes), MASKED=bool(masks), BLOCK_H=UNITS,
             **matmul_options(B, gates.dtype),
         ))  # fmt: skip
     return launches
 
 
-def output_layer_gradients(gradient, weights, operands, where: Layout) -> tuple[Tensor, list[Tensor]]:
+def output_layer_gradients(gradient, weights, operands, layout: Layout) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of the output layer's input (U B, H + E), and of embedding, project, its bias and bias."""
     (U, B, _), P, dtype = operands.shape, weights.project.shape[1], operands.dtype
     if gradient is None:
@@ -207,19 +207,19 @@ def output_layer_gradients(gradient, weights, operands, where: Layout) -> tuple[
         none = [torch.zeros_like(x) for x in trained]
         return operands.new_zeros(U * B, P, dtype=torch.float32), none
     gradient = gradient.transpose(0, 1).reshape(U * B, -1)
-    hidden, features, _ = output_layer(weights, operands, where)
+    hidden, features, _ = output_layer(weights, operands, layout)
     hidden_gradient = torch.ops.aten.gelu_backward(mm(gradient, weights.embedding, dtype), hidden)
-    x = part(operands, where.readout, P)
+    x = part(operands, layout.readout, P)
     weight_gradients = [
         mm(gradient.t(), features, dtype), mm(hidden_gradient.t(), x, dtype), hidden_gradient.sum(0), gradient.sum(0)
     ]  # fmt: skip
     return mm(hidden_gradient, weights.project, dtype), weight_gradients
 
 
-def memory_gradients(weights, keys, attention, operands, contexts, scores, where: Layout) -> tuple[Tensor, ...]:
+def memory_gradients(weights, keys, attention, operands, contexts, scores, layout: Layout) -> tuple[Tensor, ...]:
     """Return the gradients of query, its bias, keys and values."""
     H, dtype = weights.query.shape[1], operands.dtype
-    outputs = operands[..., where.readout : where.readout + H].transpose(0, 1)
+    outputs = operands[..., layout.readout : layout.readout + H].transpose(0, 1)
     folded = bmm(scores.permute(1, 2, 0), outputs, dtype).flatten(0, 1)  # (B T, H)
     bias = scores.sum(0).flatten()  # (B T,)
     keys_gradient = mm(folded, weights.query.t(), dtype) + bias[:, None] * weights.query_bias
@@ -228,12 +228,12 @@ def memory_gradients(weights, keys, attention, operands, contexts, scores, where
     return query, torch.mv(keys.flatten(0, 1).t(), bias), keys_gradient.view(keys.shape), values_gradient
 
 
-def gates_gradients(weights, tokens_read, operands, gates, where: Layout, starts: list[int]) -> list[Tensor]:
+def gates_gradients(weights, tokens_read, operands, gates, layout: Layout, starts: list[int]) -> list[Tensor]:
     """Return the gradients of the embedding as input of cell 1, and of the weights and biases of each cell."""
     embedding, dtype, gradients = weights.embedding, operands.dtype, []
     for n, H in enumerate(weights.cell_sizes):
         cell_gates = part(gates, starts[n], 4 * H)
-        weight = mm(cell_gates.t(), part(operands, where.operand[n], where.below_size[n] + H), dtype)
+        weight = mm(cell_gates.t(), part(operands, layout.operand[n], layout.below_size[n] + H), dtype)
         gradients += [weight, cell_gates.float().sum(0)]
     first = part(gates, starts[0], len(weights.gate_biases[0])).float()
     table = torch.ops.aten.embedding_dense_backward(first, tokens_read.flatten(), len(embedding), -1, False)  # (V, 4H)

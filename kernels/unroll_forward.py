@@ -189,37 +189,37 @@ def _erf(x):
     return tl.where(x < 0.0, -magnitude, magnitude)
 
 
-def bind_cells(weights, masks, tokens_read, operands, states, where: Layout) -> list[Callable[..., None]]:
+def bind_cells(weights, masks, tokens_read, operands, states, layout: Layout) -> list[Callable[..., None]]:
     (U, B, _), (V, M), sizes = operands.shape, weights.embedding.shape, weights.cell_sizes
     table = mm(weights.embedding, weights.gates[0][:, :M].t(), operands.dtype) + weights.gate_biases[0]  # (V, 4H)
     launches = []
     for n, H in enumerate(sizes):
-        output = where.readout if n + 1 == len(sizes) else where.operand[n + 1]
+        output = layout.readout if n + 1 == len(sizes) else layout.operand[n + 1]
         launches.append(partial(
             cell_kernel[matmul_grid(B, H)],
             operands, states, recurrent(weights, n, operands.dtype), table if n == 0 else weights.gate_biases[n],
-            tokens_read, masks[n].contiguous() if masks else None, B, U, V, where.operands, where.states,
-            where.operand[n], where.below_size[n], output, where.cell[n], where.gates[n], H,
+            tokens_read, masks[n].contiguous() if masks else None, B, U, V, layout.operands, layout.states,
+            layout.operand[n], layout.below_size[n], output, layout.cell[n], layout.gates[n], H,
             FIRST=n == 0, MASKED=bool(masks), BLOCK_H=UNITS, **matmul_options(B, operands.dtype),
         ))  # fmt: skip
     return launches
 
 
-def bind_attend(weights, keys, values, lengths, operands, attention, where: Layout) -> Callable[..., None]:
+def bind_attend(weights, keys, values, lengths, operands, attention, layout: Layout) -> Callable[..., None]:
     (U, B, T), H, E, dtype = attention.shape, weights.query.shape[1], values.shape[2], operands.dtype
     bias = torch.mv(keys.flatten(0, 1), weights.query_bias)  # (B T,)
     return partial(
         attend_kernel[B,], operands, folded_keys(weights, keys, dtype), bias, values.to(dtype).contiguous(),
-        lengths.contiguous(), attention, B, U, T, LOG2_E * keys.shape[2] ** -0.5, where.operands, where.readout,
-        where.operand[0], H, E, **attention_options(H, E, dtype),
+        lengths.contiguous(), attention, B, U, T, LOG2_E * keys.shape[2] ** -0.5, layout.operands, layout.readout,
+        layout.operand[0], H, E, **attention_options(H, E, dtype),
     )  # fmt: skip
 
 
-def bind_choose(weights, sampled, tokens_read, operands, where: Layout) -> Callable[..., None]:
+def bind_choose(weights, sampled, tokens_read, operands, layout: Layout) -> Callable[..., None]:
     (U, B, _), (V, M), dtype = operands.shape, weights.embedding.shape, operands.dtype
     return partial(
         choose_kernel[triton.cdiv(B, CHOOSE_ROWS),], operands, weights.project.to(dtype).contiguous(),
         weights.project_bias, weights.embedding.to(dtype).contiguous(), weights.bias, operands.new_empty(B, M),
-        sampled.t().contiguous(), tokens_read, B, U, V, M, where.operands, where.readout, weights.project.shape[1],
+        sampled.t().contiguous(), tokens_read, B, U, V, M, layout.operands, layout.readout, weights.project.shape[1],
         BLOCK_N=32, **matmul_options(CHOOSE_ROWS, dtype),
     )  # fmt: skip

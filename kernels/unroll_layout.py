@@ -30,7 +30,7 @@ class Layout(NamedTuple):
     states: int  # numbers in a row of states
 
 
-def layout(sizes: list[int], E: int) -> Layout:
+def make_layout(sizes: list[int], E: int) -> Layout:
     """Return the layout for cells of these sizes and contexts of E numbers."""
     below = (E, *sizes[:-1])
     *operand, readout, operands = part_starts([*(b + h for b, h in zip(below, sizes, strict=True)), sizes[-1] + E])
@@ -84,9 +84,9 @@ def folded_keys(weights: SpellerWeights, keys: Tensor, dtype: torch.dtype) -> Te
     return mm(keys.flatten(0, 1), weights.query, dtype).to(dtype).view(*keys.shape[:2], weights.query.shape[1])
 
 
-def output_layer(weights: SpellerWeights, operands: Tensor, where: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def output_layer(weights: SpellerWeights, operands: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Return the input of the gelu and its output (U B, M), and the logits (U B, V), all float32."""
-    x = part(operands, where.readout, weights.project.shape[1])
+    x = part(operands, layout.readout, weights.project.shape[1])
     hidden = mm(x, weights.project.t(), operands.dtype) + weights.project_bias
     features = F.gelu(hidden)
     return hidden, features, mm(features, weights.embedding.t(), operands.dtype) + weights.bias

@@ -291,12 +291,12 @@ def _fake_forward(weights, keys, values, lengths, tokens, sampled, masks, bf16, 
 
 
 def _fake_forward_triton(weights, keys, values, lengths, tokens, sampled, masks, bf16, gradients):
-    layout = importlib.import_module("las_fast.kernels.speller_unroll").layout  # imports triton
+    make_layout = importlib.import_module("las_fast.kernels.speller_unroll").make_layout  # imports triton
     (B, U), V, dtype = tokens.shape, len(weights[0]), torch.bfloat16 if bf16 else torch.float32
-    where = layout(SpellerWeights.from_flat(weights).cell_sizes, values.shape[2])
-    operands = keys.new_empty(U, B, where.operands, dtype=dtype)
+    layout = make_layout(SpellerWeights.from_flat(weights).cell_sizes, values.shape[2])
+    operands = keys.new_empty(U, B, layout.operands, dtype=dtype)
     logits, attention = (keys.new_empty(U, B, size).transpose(0, 1) for size in (V, keys.shape[1]))
-    return logits, attention, tokens.new_empty(U, B), operands, keys.new_empty(U, B, where.states)
+    return logits, attention, tokens.new_empty(U, B), operands, keys.new_empty(U, B, layout.states)
 
 
 def _fake_backward(logits_gradient, attention_gradient, weights, keys, values, *saved):

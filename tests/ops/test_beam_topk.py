@@ -150,7 +150,7 @@ def test_the_best_token_is_found_at_any_index(backend, V):
         assert (int(actual.tokens[0, 0]), int(actual.parents[0, 0])) == (v, 1)
 
 
-@pytest.mark.parametrize(("K", "V"), [(2, 2), (3, 4), (8, 31), (5, 200), (70, 130)])
+@pytest.mark.parametrize(("K", "V"), [(3, 4), (8, 31), (5, 200), (70, 130)])
 def test_equal_scores_keep_lower_index(backend, K, V):
     actual = step(torch.zeros(1, K, V), backend=backend)
     assert actual.tokens.tolist() == [[i % V for i in range(K)]]

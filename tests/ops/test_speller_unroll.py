@@ -399,7 +399,8 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(fast_backend, pre
         ({"tokens": torch.ones(3, 0).long()}, r"tokens must be \(B, U\) int64 with B=3, U > 0; got \(3, 0\)"),
         ({"tokens": torch.ones(2, 4).long()}, r"tokens must be \(B, U\) int64 with B=3, U > 0; got \(2, 4\)"),
         ({"sampled": torch.ones(3, 4)}, r"sampled must be \(3, 4\) bool; got \(3, 4\) torch.float32"),
-        ({"masks": [torch.ones(3, 5)]}, r"masks must be \[\(3, 6\)\] or None; got \[\(3, 5\)\]"),
+        ({"masks": [torch.ones(3, 5)]}, r"masks must be \[\(3, 6\)\] float32, or None; got \(3, 5\)"),
+        ({"masks": [torch.ones(3, 6).double()]}, r"float32, or None; got \(3, 6\) torch.float64"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
     ],
 )
