@@ -28,7 +28,7 @@ from las_fast.cli import require_stdout, run
 from las_fast.errors import BadRecording, InputError, show
 from las_fast.files import DEFAULT_MODEL, KNOWN_SUFFIXES, make_folder, may_be_file_name
 from las_fast.options import Parser
-from las_fast.output.formats import FORMATS, STYLE_OPTIONS, SUFFIXES, Style, Use, suffix_list, unused_option
+from las_fast.output.formats import FORMATS, STYLE_OPTIONS, SUFFIXES, OptionScope, Style, suffix_list, unused_option
 from las_fast.output.subtitles import SubtitleSize
 from las_fast.output.transcripts import (
     MIN_SPEECH_SCORE,
@@ -158,7 +158,7 @@ def choose_format(options: argparse.Namespace, recordings: int) -> None:
         raise InputError(
             f"{recordings} recordings need {recordings} {options.format} files; give a folder with --out FOLDER"
         )
-    uses = {"nbest": Use(1, ("json",)), **STYLE_OPTIONS}
+    uses = {"nbest": OptionScope(1, ("json",)), **STYLE_OPTIONS}
     if name := unused_option(options.format, vars(options), uses):
         option = f"--{name.replace('_', '-')}"
         raise InputError(f"{option} is for {' and '.join(uses[name].formats)}; got --format {options.format}")
@@ -190,7 +190,7 @@ def format_of_out(options: argparse.Namespace, recordings: int) -> str:
     if recordings > 1:
         raise InputError(f"--out {out} is one file, but there are {recordings} recordings; give a folder")
     if options.format not in (None, named):
-        raise InputError(f"--format {options.format} writes {FORMATS[options.format][0]} files; got --out {out}")
+        raise InputError(f"--format {options.format} writes {FORMATS[options.format].suffix} files; got --out {out}")
     return named
 
 
@@ -202,7 +202,7 @@ def emit(path: Path, transcript: Transcript, options: argparse.Namespace, target
         write(f"{show(path)}: {transcript.text}")  # one line per recording
         return
     style = Style(SubtitleSize(options.width, options.lines), options.word_times)
-    text = FORMATS[options.format][1](path, transcript, style)
+    text = FORMATS[options.format].write(path, transcript, style)
     if options.out:
         save(targets[path], text)
     else:
@@ -248,7 +248,7 @@ def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path,
     else:
         make_folder(options.out, "--out")
         roots = [path for path in options.files if path.is_dir()]
-        targets = output_files(paths, options.out, FORMATS[options.format][0], roots)
+        targets = output_files(paths, options.out, FORMATS[options.format].suffix, roots)
         check_names(paths, targets, options)
     recordings = {os.path.realpath(path): path for path in paths}
     replaced = next((path for file in targets.values() if (path := recordings.get(os.path.realpath(file)))), None)

@@ -62,7 +62,7 @@ class Transcription:
     on_block: Callable[[float], None] = lambda seconds: None  # called with the seconds of each block as it is read
     mark_silence: bool = False  # whether `read` yields NO_SPEECH after each chunk without speech; not for `run`
     pool: list[tuple[RecordingState, Speech]] = field(default_factory=list)
-    seconds: float = 0.0  # of speech in the pool
+    pooled_seconds: float = 0.0  # of speech in the pool
     undecoded_seconds: float = 0.0  # of audio read since the pool was last empty
     pending: deque[RecordingState] = field(default_factory=deque)  # recordings not yielded yet
 
@@ -73,7 +73,7 @@ class Transcription:
             self.pending.append(state)
             for speech in self.read(state, sample_rate):
                 self.add(state, speech)
-                if self.seconds >= self.pool_seconds:
+                if self.pooled_seconds >= self.pool_seconds:
                     self.decode_pool()
                     yield from self._finished()
             if state.error is not None:
@@ -122,12 +122,12 @@ class Transcription:
     def add(self, state: RecordingState, speech: Speech) -> None:
         """Put a segment of the recording into the pool."""
         self.pool.append((state, speech))
-        self.seconds += speech.end - speech.start
+        self.pooled_seconds += speech.end - speech.start
         state.undecoded += 1
 
     def decode_pool(self) -> None:
         """Decode the segments of the pool, and empty it; raise InputError if a segment does not fit in memory."""
-        pool, self.pool, self.seconds = self.pool, [], 0.0
+        pool, self.pool, self.pooled_seconds = self.pool, [], 0.0
         if pool:
             self._decode_segments(pool)
         self._count_audio(0.0)

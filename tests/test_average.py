@@ -49,7 +49,7 @@ def test_a_checkpoint_named_twice_counts_twice(tmp_path):
 def test_the_mean_of_one_checkpoint_is_that_checkpoint(tmp_path):
     path = write(tmp_path / "one.safetensors", info={"epoch": 3})
     loaded = load_mean([path])
-    assert not loaded.mean and loaded.info == {"epoch": 3}
+    assert not loaded.is_average and loaded.info == {"epoch": 3}
     assert all(torch.equal(value, weights(path)[name]) for name, value in loaded.model.state_dict().items())
 
 

@@ -356,7 +356,7 @@ def test_a_saved_transcript_has_the_bytes_that_the_command_writes(workspace, mod
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     if form == "vtt":
         options["word_times"], words = True, [*words, "--word-times"]
-    file = tmp_path / f"talk{FORMATS[form][0]}"
+    file = tmp_path / f"talk{FORMATS[form].suffix}"
     transcribe.main([str(workspace / "short.wav"), *argv, *words, "--out", str(file)])
     transcript = model.transcribe(str(workspace / "short.wav"))
     transcript.save(tmp_path / "new" / file.name, **options)

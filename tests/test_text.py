@@ -42,7 +42,7 @@ def test_unknown_characters_are_each_named_once_in_order():
 
 def test_a_vocabulary_needs_distinct_characters():
     for characters in ("", "ABA"):
-        with pytest.raises(InputError, match="distinct"):
+        with pytest.raises(InputError, match="each given once"):
             Vocabulary(characters)
 
 

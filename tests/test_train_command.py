@@ -152,7 +152,7 @@ class Utterances(SimpleNamespace):
 class Splits:
     """A corpus where each split is just its name."""
 
-    name, named, root = "the corpus", "", "here"
+    name, named_split, root = "the corpus", "", "here"
 
     def resolve(self, split):
         return {"train": ("train-a", "train-b"), "dev": ("dev-a",)}.get(split, (split,))

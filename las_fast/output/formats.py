@@ -171,19 +171,28 @@ def clock(seconds: float, point: str) -> str:
 
 
 Writer = Callable[[Path | None, Transcript, Style], str]
-FORMATS: dict[str, tuple[str, Writer]] = {  # name -> (suffix, function)
-    "text": (".txt", as_text),
-    "json": (".json", as_json),
-    "srt": (".srt", as_srt),
-    "vtt": (".vtt", as_vtt),
-    "tsv": (".tsv", as_tsv),
-    "ctm": (".ctm", as_ctm),
-    "textgrid": (".TextGrid", as_textgrid),
+
+
+class Format(NamedTuple):
+    """The suffix of files in a format, and the function that writes a transcript in it."""
+
+    suffix: str
+    write: Writer
+
+
+FORMATS = {
+    "text": Format(".txt", as_text),
+    "json": Format(".json", as_json),
+    "srt": Format(".srt", as_srt),
+    "vtt": Format(".vtt", as_vtt),
+    "tsv": Format(".tsv", as_tsv),
+    "ctm": Format(".ctm", as_ctm),
+    "textgrid": Format(".TextGrid", as_textgrid),
 }
-SUFFIXES = {suffix.lower(): name for name, (suffix, _) in FORMATS.items()}
+SUFFIXES = {form.suffix.lower(): name for name, form in FORMATS.items()}
 
 
-class Use(NamedTuple):
+class OptionScope(NamedTuple):
     """Which formats an option applies to."""
 
     default: Any
@@ -191,15 +200,15 @@ class Use(NamedTuple):
 
 
 STYLE_OPTIONS = {
-    "width": Use(SubtitleSize.width, ("srt", "vtt")),
-    "lines": Use(SubtitleSize.lines, ("srt", "vtt")),
-    "word_times": Use(False, ("vtt",)),
+    "width": OptionScope(SubtitleSize.width, ("srt", "vtt")),
+    "lines": OptionScope(SubtitleSize.lines, ("srt", "vtt")),
+    "word_times": OptionScope(False, ("vtt",)),
 }
 
 
 def suffix_list() -> str:
     """Return the suffixes of all formats, for errors."""
-    *first, last = (suffix for suffix, _ in FORMATS.values())
+    *first, last = (form.suffix for form in FORMATS.values())
     return f"{', '.join(first)} or {last}"
 
 
@@ -211,12 +220,12 @@ def format_of(path: Path) -> str:
         raise InputError(f"{show(path)}: the name of a transcript must end in {suffix_list()}; change it") from None
 
 
-def unused_option(form: str, values: Mapping[str, Any], uses: Mapping[str, Use] = STYLE_OPTIONS) -> str | None:
+def unused_option(form: str, values: Mapping[str, Any], uses: Mapping[str, OptionScope] = STYLE_OPTIONS) -> str | None:
     """Return the first option that is set although it has no effect in the format; None if there is none."""
     return next((name for name, use in uses.items() if values[name] != use.default and form not in use.formats), None)
 
 
-def write_string(transcript: Transcript, form: str, *, width: int, lines: int, word_times: bool) -> str:
+def format_transcript(transcript: Transcript, form: str, *, width: int, lines: int, word_times: bool) -> str:
     """Return a transcript in a format; Transcript.to_string documents the arguments and the errors."""
     if form not in list(FORMATS):
         raise InputError(f"the format must be one of {', '.join(FORMATS)}; got {form!r}")
@@ -226,4 +235,4 @@ def write_string(transcript: Transcript, form: str, *, width: int, lines: int, w
     if unused := unused_option(form, {"width": width, "lines": lines, "word_times": word_times}):
         raise InputError(f"{unused} is for {' and '.join(STYLE_OPTIONS[unused].formats)}; got the format {form}")
     path = None if transcript.recording is None else Path(transcript.recording)
-    return FORMATS[form][1](path, transcript, Style(SubtitleSize(width, lines), word_times))
+    return FORMATS[form].write(path, transcript, Style(SubtitleSize(width, lines), word_times))

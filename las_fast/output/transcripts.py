@@ -89,9 +89,9 @@ class Transcript:
         Raises:
             InputError: there is no such format, a number is below 1, or an option does not apply to the format.
         """
-        from las_fast.output.formats import write_string  # which imports this module
+        from las_fast.output.formats import format_transcript  # which imports this module
 
-        return write_string(self, format, width=width, lines=lines, word_times=word_times)
+        return format_transcript(self, format, width=width, lines=lines, word_times=word_times)
 
     def save(self, path: str | os.PathLike[str], *, width: int = 42, lines: int = 2, word_times: bool = False) -> None:
         """Write the transcript to a file, as the command `transcribe --out` does; an existing file is replaced.

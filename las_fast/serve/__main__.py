@@ -99,7 +99,7 @@ def make_batcher(model: Recogniser, options: argparse.Namespace, limits: Limits)
     return Batcher(
         model,
         max_seconds=limits.max_seconds,
-        round_seconds=options.batch_seconds,
+        batch_seconds=options.batch_seconds,
         **search,
         nbest=nbest,
         min_speech_score=options.min_speech_score,

@@ -1,8 +1,8 @@
 """Decode the recordings of many clients together on one model.
 
-One thread reads segments of speech from the recordings in turn. Another thread owns the model: in each round it decodes
-the waiting segments in one batch, and hands each of them to its client. Therefore a long recording does not delay short
-ones, and a recording that cannot be read fails alone.
+One thread reads segments of speech from the recordings in turn. Another thread owns the model: it decodes all waiting
+segments in one batch, hands each of them to its client, and starts again. Therefore a long recording does not delay
+short ones, and a recording that cannot be read fails alone.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Job:
 class Totals:
     """Totals since the batcher was started."""
 
-    rounds: int = 0  # batches decoded
+    batches: int = 0  # decoded
     segments: int = 0  # segments decoded
     audio_seconds: float = 0.0  # seconds of audio read
     speech_seconds: float = 0.0  # seconds of speech decoded
@@ -150,7 +150,7 @@ class Batcher:
     Args:
         model:         the model; no other thread should use it while the batcher is open.
         max_seconds:   seconds of a recording; longer ones fail with TooLong.
-        round_seconds: seconds of speech decoded in one batch; 0 decodes one segment at a time.
+        batch_seconds: seconds of speech decoded in one batch; 0 decodes one segment at a time.
         options:       those of Recogniser.transcribe.
 
     Raises:
@@ -162,16 +162,16 @@ class Batcher:
         model: Recogniser,
         *,
         max_seconds: float,
-        round_seconds: float = BATCH_SECONDS,
+        batch_seconds: float = BATCH_SECONDS,
         **options: Unpack[TranscribeOptions],
     ) -> None:
-        self.model, self.max_seconds, self.round_seconds = model, max_seconds, round_seconds
+        self.model, self.max_seconds, self.batch_seconds = model, max_seconds, batch_seconds
         self.totals = Totals()
         self._shared = model.transcription(**options, warn=lambda message: None)
         self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._active: deque[Job] = deque()  # recordings with segments left to read; the first is next
         self._is_closing = False
-        self._ready = _Ready(2 * round_seconds)
+        self._ready = _Ready(2 * batch_seconds)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._run_reader, self._run_model)]
         for thread in self._threads:
             thread.start()
@@ -190,7 +190,7 @@ class Batcher:
         self._incoming.put(job)
 
     def call(self, function: Callable[[Recogniser], Any]) -> Future:
-        """Call function(model) between two rounds, in the thread that owns the model; return its future result."""
+        """Call function(model) between two batches, in the thread that owns the model; return its future result."""
         future: Future = Future()
 
         def task() -> None:
@@ -224,13 +224,13 @@ class Batcher:
 
     def _run_model(self) -> None:
         try:
-            self._decode_rounds()
+            self._decode_batches()
         finally:  # as above
             self._ready.close()
             self._incoming.put(None)
 
-    def _decode_rounds(self) -> None:
-        while (taken := self._ready.take(self.round_seconds)) is not None:
+    def _decode_batches(self) -> None:
+        while (taken := self._ready.take(self.batch_seconds)) is not None:
             if callable(taken):
                 taken()
                 continue
@@ -244,7 +244,7 @@ class Batcher:
                     job.on_event(job.state.error or job.state.transcript())
 
     def _count(self, pool: list[tuple[Job, Speech]], seconds: float) -> None:
-        self.totals.rounds += 1
+        self.totals.batches += 1
         self.totals.segments += len(pool)
         self.totals.speech_seconds += sum(speech.end - speech.start for _, speech in pool)
         self.totals.busy_seconds += seconds

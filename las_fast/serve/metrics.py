@@ -50,7 +50,7 @@ class _BatcherCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         totals = self.batcher.totals
         for name, text, value in (
-            ("rounds", "Batches of segments decoded.", totals.rounds),
+            ("batches", "Batches of segments decoded.", totals.batches),
             ("segments", "Segments of speech decoded.", totals.segments),
             ("audio_seconds", "Seconds of audio read.", totals.audio_seconds),
             ("speech_seconds", "Seconds of speech decoded.", totals.speech_seconds),

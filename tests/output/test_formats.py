@@ -39,7 +39,7 @@ def test_a_pause_longer_than_a_second_starts_a_paragraph():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_empty_transcript_has_no_text(name):
-    written = FORMATS[name][1](PATH, transcript(), STYLE)
+    written = FORMATS[name].write(PATH, transcript(), STYLE)
     assert not re.search(r"-->|HELLO|None|inf", written)
 
 

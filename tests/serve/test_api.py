@@ -424,7 +424,7 @@ def test_an_error_in_a_stream_is_its_last_line(service):
 
 
 def test_a_segment_is_sent_before_the_recording_is_decoded(model, wav):
-    with running(model, round_seconds=0) as service:
+    with running(model, batch_seconds=0) as service:
         reached, go_on = threading.Event(), threading.Event()
         decode = service.batcher._shared.decode_pool
 

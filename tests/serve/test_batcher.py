@@ -60,7 +60,7 @@ def together(model):
         clients = [Client(file, log) for file in files]
         for client in clients:
             batcher.submit(client.job)
-        while "round_seconds" not in options and count_read(batcher) < len(files):
+        while "batch_seconds" not in options and count_read(batcher) < len(files):
             time.sleep(0.01)
         go_on.put(None)
         return clients, batcher
@@ -81,7 +81,7 @@ def test_waiting_recordings_are_decoded_in_one_batch_with_the_texts_of_each_alon
     files = [wav(seconds, seed) for seed, seconds in enumerate((0.6, 1.5, 1.0, 0.8))]
     clients, batcher = together(*files)
     assert_equal_up_to_rounding([client.wait()[1] for client in clients], [alone(model, file) for file in files])
-    assert (batcher.totals.rounds, batcher.totals.segments) == (1, 4)
+    assert (batcher.totals.batches, batcher.totals.segments) == (1, 4)
     assert batcher.totals.audio_seconds == pytest.approx(3.9)
 
 
@@ -90,7 +90,7 @@ def test_a_recording_that_cannot_be_read_fails_alone(together, model, wav):
     results = [client.wait()[1] for client in clients]
     assert [type(result) for result in results] == [Transcript, InputError, Transcript, InputError]
     assert_equal_up_to_rounding(results[2], alone(model, wav(1.0)))
-    assert batcher.totals.rounds == 1
+    assert batcher.totals.batches == 1
 
 
 def test_a_recording_that_cannot_be_decoded_fails_alone(together, model, wav):
@@ -111,7 +111,7 @@ def test_a_recording_that_cannot_be_decoded_fails_alone(together, model, wav):
 
 
 def test_a_long_recording_does_not_delay_a_short_one(together, wav):
-    (long, short), _ = together(wav(70), wav(), round_seconds=0)
+    (long, short), _ = together(wav(70), wav(), batch_seconds=0)
     _, transcript = short.wait()
     long.wait()
     rest = long.log[long.log.index((short, transcript)) + 1 :]
@@ -126,7 +126,7 @@ def test_a_long_silence_does_not_delay_a_short_recording(together, wav):
 
 
 def test_segments_are_those_of_the_transcript_in_order(together, model, wav):
-    (client,), _ = together(wav(45), round_seconds=0)
+    (client,), _ = together(wav(45), batch_seconds=0)
     segments, transcript = client.wait()
     assert len(segments) > 2 and tuple(segments) == transcript.segments
     assert_equal_up_to_rounding(transcript, alone(model, wav(45)))
@@ -154,7 +154,7 @@ def test_a_cancelled_recording_is_dropped(together, wav):
 
 
 def test_closing_finishes_the_waiting_recordings(together, wav):
-    clients, batcher = together(wav(25), wav(), round_seconds=0)
+    clients, batcher = together(wav(25), wav(), batch_seconds=0)
     batcher.close()
     assert not batcher.is_alive
     assert all(isinstance(client.wait()[1], Transcript) for client in clients)
@@ -163,7 +163,7 @@ def test_closing_finishes_the_waiting_recordings(together, wav):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("method", ["_read", "_decode"])
 def test_closing_does_not_wait_for_a_thread_that_a_bug_has_ended(model, wav, method):
-    batcher = Batcher(model, max_seconds=100.0, round_seconds=0)
+    batcher = Batcher(model, max_seconds=100.0, batch_seconds=0)
     setattr(batcher, method, raising(BaseException("a bug")))
     batcher.submit(Client(wav(70)).job)
     while batcher.is_alive:
