@@ -15,7 +15,11 @@ COLUMNS = (*CONTEXT, "op", "backend", "shape", "dtype", "rounds", "median_us", "
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="append the measurements to benchmarks/results/*.csv")
     parser.addoption("--rounds", type=int, default=0, help="rounds of timing (default: set by each benchmark)")
-    parser.addoption("--long", action="store_true", help="also run the scaling curves and the 50 training steps")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="also run the curves over sizes, batches and threads, the growth with the data, and 50 training steps",
+    )
 
 
 @pytest.fixture(params=[1], ids=lambda n: f"{n}thread", autouse=True)

@@ -26,7 +26,7 @@ class SubprocessTimer:
         context = multiprocessing.get_context("spawn")
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=_serve, args=(child_pipe, tuned, make, arguments), daemon=True)
-        with patch.dict(os.environ, {"THP_MEM_ALLOC_ENABLE": "01"[tuned]}):  # read at the child's first allocation
+        with patch.dict(os.environ, {"THP_MEM_ALLOC_ENABLE": str(int(tuned))}):  # read at the child's first allocation
             self.process.start()
         child_pipe.close()
 

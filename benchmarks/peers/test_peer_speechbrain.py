@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.search_paths import Shape, compare_searches
 
-INSTALL = "pip install 'las_fast[peers]'; with a CPU build of torch, also run: rm .../site-packages/torchaudio/lib/*.so"
+INSTALL = "pip install 'las_fast[peers]', with the torchaudio that was built for your torch"
 ATTENTIONS = {"keyvalue": {}, "location": {"channels": 10, "kernel_size": 100}}
 
 
