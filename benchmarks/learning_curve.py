@@ -134,7 +134,7 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = [*points(rows, rows[0]["way"], "cer")[0], *PREDICTED_HOURS]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")

@@ -94,7 +94,7 @@ def parse_settings(module, argv):
 
 def check_pytest(argv):
     """Assert that the files of a pytest command exist, and that its options are -k or those of the benchmarks."""
-    known = re.findall(r'addoption\("(--\w+)"', (ROOT / "benchmarks" / "conftest.py").read_text())
+    known = re.findall(r'addoption\(\s*"(--\w+)"', (ROOT / "benchmarks" / "conftest.py").read_text())
     argv = re.sub(r" -k \S+", "", " ".join(["", *argv])).split()
     for word in argv:
         assert word in known if word.startswith("-") else (ROOT / word.partition("::")[0]).exists(), word
