@@ -46,10 +46,10 @@ struct PackedSpeller {
 
 struct SearchArguments {
   at::Tensor keys, values, lengths;                  // (B, T, D), (B, T, E), (B,)
-  std::optional<at::Tensor> minimum;             // (B,)
-  std::optional<at::Tensor> ngram_rows, ngram_arcs;  // (states, 2 * words + 2), (arcs, 2)
+  std::optional<at::Tensor> minimum;                 // (B,)
+  std::optional<at::Tensor> ngram_rows, ngram_arcs;  // (states, 2 * masks + 2), (arcs, 2)
   std::optional<at::Tensor> ctc_log_probs;           // (B, T', V)
-  at::Tensor maximum;                            // (B,)
+  at::Tensor maximum;                                // (B,)
   int64_t B, T, K, sos, eos, ngram_order, ngram_start;
   float length_penalty, eos_threshold, coverage_weight, ngram_weight, ctc_weight, beam_threshold;
 

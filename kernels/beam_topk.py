@@ -163,7 +163,7 @@ def topk_kernel(
     steps = tl.where(has_softmax[:, None], (x - finite[:, None]) - log_sum[:, None], -float("inf"))
     is_eos = (v == eos)[None, :]
     # (BLOCK_K,)
-    score = tl.load(scores + row, mask=exists, other=-float("inf"))
+    score = tl.load(scores + row, mask=exists, other=0.0)
     done = tl.load(finished + row, mask=exists, other=0)
     count = tl.load(lengths + row, mask=exists, other=0)
     denied, forced = _eos_rules(

@@ -33,14 +33,14 @@ def _clamp(x, end):
 def _walk(rows, arcs, state, v, exists, width, state_count, arc_count, order):
     """Return the log-probability and the next state of each token v in its state, (N,) each."""
     # (N,)
-    word, bit = v // 32, v % 32
+    index, bit = v // 32, v % 32
     total = tl.zeros_like(v).to(tl.float32)
     arc = tl.zeros_like(v)
     missing = exists
     for _ in range(order):
         row = rows + state * width
-        mask = tl.load(row + 2 * word, mask=missing, other=0).to(tl.int64)
-        first = tl.load(row + 2 * word + 1, mask=missing, other=0)
+        mask = tl.load(row + 2 * index, mask=missing, other=0).to(tl.int64)
+        first = tl.load(row + 2 * index + 1, mask=missing, other=0)
         lower = tl.load(row + width - 2, mask=missing, other=0)
         backoff = tl.load(row + width - 1, mask=missing, other=0).to(tl.float32, bitcast=True)
         below = _bit_count(mask & ((tl.zeros_like(bit) + 1 << bit) - 1))

@@ -66,7 +66,7 @@ class TranscribeOptions(DecodingOptions, total=False):
     vad: str
 
 
-class TranscriptionOptions(TranscribeOptions, total=False):
+class TranscribeAllOptions(TranscribeOptions, total=False):
     """Options of Recogniser.transcribe_all, which documents them."""
 
     skip_bad: bool
@@ -197,7 +197,7 @@ class Recogniser:
         self,
         recordings: Iterable[Item],
         sample_rate: int | None = None,
-        **options: Unpack[TranscriptionOptions],
+        **options: Unpack[TranscribeAllOptions],
     ) -> Iterator[tuple[Item, Transcript]]:
         """Transcribe many recordings; yield each one with its transcript, in order, as soon as it is decoded.
 
