@@ -41,7 +41,7 @@ wheel: build
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 	@ls dist/*.whl
 
-# Without a compiler, setup.py prints one line and succeeds; the reference paths are used.
+# Without a compiler, setup.py prints one line and succeeds; slower PyTorch paths are used.
 build: $(STAMP)
 	@echo "== C++ extension"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext > $(VENV)/build.log 2>&1 || \

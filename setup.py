@@ -1,10 +1,11 @@
 """Build the package and its C++ extension las_fast._C; `python setup.py build_ext` writes it to las_fast/.
 
-The extension is optional. If the C++ compiler, Python's headers or torch is missing, `python setup.py build_ext` prints
-one line and skips it, and the package runs on slower PyTorch paths. Under pip that is an error; see
+The extension is optional. Outside Linux, or if the C++ compiler, Python's headers or torch is missing, `python setup.py
+build_ext` prints one line and skips it, and the package runs on slower PyTorch paths. Under pip that is an error; see
 build_backend.py. If nothing is missing, a failed build is always an error.
 """
 
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -55,9 +56,9 @@ def extension() -> dict:
         build_backend.find_torch()
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
-        return skip(f"torch cannot be imported ({error})", "install torch")
-    if is_clang():
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
+        return skip(f"torch cannot be imported ({str(error).partition(chr(10))[0]})", "install torch")
+    if is_clang() and platform.machine() == "x86_64":
         print("las_fast: Clang builds vectors of 4 numbers only, and GCC those of AVX2, AVX-512 and AMX as well. "
               "To use GCC, run: CXX=g++ python setup.py build_ext --force")  # fmt: skip
     flags = {"extra_compile_args": {"cxx": FLAGS}, "extra_link_args": ["-fopenmp"]}

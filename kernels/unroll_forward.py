@@ -1,7 +1,7 @@
 """The forward kernels of speller_unroll: step u of one cell, of the attention, and of the choice of sampled tokens.
 
-Each bind_ function returns a kernel's launch with all arguments but `position`; bind_cells a launch per cell;
-bind_attend one with all arguments but `position` and `next_position`.
+bind_choose returns a kernel's launch with all arguments but `position`, bind_cells such a launch per cell, and
+bind_attend a launch with all arguments but `position` and `next_position`.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _info(text: str, path: Path) -> dict:
 def load_weights(model: LAS, weights: dict, path: str | Path, advice: str = "") -> None:
     """Copy a state_dict into the model; raise InputError that names the first tensor that does not fit.
 
-    advice: what to do then (default: the file is damaged or of another version).
+    advice: what to do then (default: copy it again, or train again).
     """
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):

@@ -90,7 +90,7 @@ def _status(main: Callable[..., Any], argv: list[str] | None) -> int:
 
 
 def _flush() -> int:
-    """Flush stdout; return 0, 141 if the reader of a pipe has exited, or 2, after an error, if it cannot be written."""
+    """Flush stdout; return 0, 141 if the reader of a pipe has exited, or 2 after printing that it cannot be written."""
     try:
         sys.stdout.flush()
         return 0

@@ -149,8 +149,8 @@ def parse_settings(
     Returns:
         The parsed options, and the settings.
 
-    Exits after printing --help; and with status 2 and an error if an argument is wrong, which names the nearest option
-    or field if it is unknown.
+    Exits after printing --help. If an argument is wrong, exits with status 2 and an error; for an unknown one, it names
+    the nearest option or field.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser.allow_abbrev = False  # an abbreviation could be the start of a field name

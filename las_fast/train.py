@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def adapt_settings(options: argparse.Namespace, config: Config, corpus: Corpus, extra: list[Corpus]) -> Config:
-    """Return the settings, fitted to the data where the user has not set them.
+    """Return the settings, adapted to the data where the user has not set them.
 
     Raises:
         InputError: the settings, or the corpora of --extra-data, do not fit the data.

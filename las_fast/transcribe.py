@@ -158,10 +158,10 @@ def choose_format(options: argparse.Namespace, recordings: int) -> None:
         raise InputError(
             f"{recordings} recordings need {recordings} {options.format} files; give a folder with --out FOLDER"
         )
-    uses = {"nbest": OptionScope(1, ("json",)), **STYLE_OPTIONS}
-    if name := unused_option(options.format, vars(options), uses):
+    scopes = {"nbest": OptionScope(1, ("json",)), **STYLE_OPTIONS}
+    if name := unused_option(options.format, vars(options), scopes):
         option = f"--{name.replace('_', '-')}"
-        raise InputError(f"{option} is for {' and '.join(uses[name].formats)}; got --format {options.format}")
+        raise InputError(f"{option} is for {' and '.join(scopes[name].formats)}; got --format {options.format}")
 
 
 def out_is_file(options: argparse.Namespace, recordings: int) -> bool:

@@ -15,15 +15,15 @@ class PlainAutomaton:
     """An n-gram model as dictionaries: `arcs` of each state {token: (log-probability, next state)}."""
 
     def __init__(self, model: NgramModel):
-        rows, arcs, words = model.rows.tolist(), model.arcs, -(-model.vocabulary_size // 32)
+        rows, arcs, masks_per_row = model.rows.tolist(), model.arcs, -(-model.vocabulary_size // 32)
         log_probs, nexts = arcs.view(torch.float32)[:, 0].numpy(), arcs[:, 1].tolist()
         backoffs = model.rows.view(torch.float32)[:, -1].numpy()
         self.V, self.start, self.arcs, self.lower, self.backoffs = model.vocabulary_size, model.start, [], [], []
         for row, backoff in zip(rows, backoffs, strict=True):
             found = {}
-            for word in range(words):
-                tokens = [32 * word + bit for bit in range(32) if row[2 * word] >> bit & 1]
-                found |= {v: row[2 * word + 1] + i for i, v in enumerate(tokens)}
+            for mask_index in range(masks_per_row):
+                tokens = [32 * mask_index + bit for bit in range(32) if row[2 * mask_index] >> bit & 1]
+                found |= {v: row[2 * mask_index + 1] + i for i, v in enumerate(tokens)}
             self.arcs.append({v: (log_probs[arc], nexts[arc]) for v, arc in found.items()})
             self.lower.append(row[-2])
             self.backoffs.append(backoff)

@@ -15,7 +15,7 @@ import torch
 
 from las_fast.config import AugmentConfig
 
-STREAMS = ("speed", "classes", "order", "masks", "joins", "silence", "degrade", "warp", "splice")
+STREAMS = ("speed", "buckets", "order", "masks", "joins", "silence", "degrade", "warp", "splice")
 MOST_SILENCE = 100  # feature frames added before an utterance, and after it
 
 

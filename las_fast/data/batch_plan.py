@@ -100,7 +100,7 @@ class BucketBatches:
         lengths = self.lengths(epoch)
         order = self._members[np.argsort(lengths[self._members], kind="stable")]
         ordered = lengths[order]
-        generator = random_stream("classes", seed=self._seed, epoch=epoch)
+        generator = random_stream("buckets", seed=self._seed, epoch=epoch)
         first = 0
         while first < len(order):
             end = max(first + 1, int(np.searchsorted(ordered, ordered[first] * self._ratio, side="right")))

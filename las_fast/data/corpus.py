@@ -46,7 +46,7 @@ class Corpus:
     kind: Literal["features", "audio"]
     listings: Mapping[str, Callable[[], list[Utterance]]] = field(repr=False)  # split -> function that lists it
     roles: Mapping[str, tuple[str, ...]]  # train, dev, test -> splits
-    named_split: str = ""  # split that the user's path points into, such as LibriSpeech/dev-clean; "": none
+    named_split: str = ""  # split that the user's path names, dev-clean for LibriSpeech/dev-clean; "": none
     feature_size: int | None = None  # F of feature files; None for audio
     feature_kind: Literal["logmel", "mfcc"] | None = None  # of feature files; None for audio
     transposed: bool = False  # feature files have shape (F, T) instead of (T, F)

@@ -91,7 +91,7 @@ def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator
         if len(values) != len(header):
             raise InputError(
                 f"{path} line {line} has {len(values)} columns, but its header has {len(header)}; give every "
-                "line as many"
+                f"line {len(header)}"
             )
         yield line, dict(zip(header, values, strict=True))
 

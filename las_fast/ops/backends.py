@@ -194,7 +194,8 @@ def detached(x: torch.Tensor) -> torch.Tensor:
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"las_fast runs on slower PyTorch paths: {reason}", SlowPathWarning, stacklevel=4)
+        problem = reason.removesuffix(". Use backend='auto'")  # which is what runs
+        warnings.warn(f"las_fast runs on slower PyTorch paths: {problem}", SlowPathWarning, stacklevel=4)
 
 
 def register(

@@ -256,7 +256,7 @@ def _check(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
     sizes = [(B, size) for size in weights.cell_sizes]
     if masks is not None and [(tuple(mask.shape), mask.dtype) for mask in masks] != [(s, torch.float32) for s in sizes]:
         got = [f"{tuple(mask.shape)} {mask.dtype}" for mask in masks]
-        raise ValueError(f"masks must be {sizes} float32, or None; got {', '.join(got)}")
+        raise ValueError(f"masks must be {sizes} float32, or None; got {', '.join(got) or 'none'}")
 
 
 FORWARD = (

@@ -220,9 +220,13 @@ def format_of(path: Path) -> str:
         raise InputError(f"{show(path)}: the name of a transcript must end in {suffix_list()}; change it") from None
 
 
-def unused_option(form: str, values: Mapping[str, Any], uses: Mapping[str, OptionScope] = STYLE_OPTIONS) -> str | None:
+def unused_option(
+    form: str, values: Mapping[str, Any], scopes: Mapping[str, OptionScope] = STYLE_OPTIONS
+) -> str | None:
     """Return the first option that is set although it has no effect in the format; None if there is none."""
-    return next((name for name, use in uses.items() if values[name] != use.default and form not in use.formats), None)
+    return next(
+        (name for name, scope in scopes.items() if values[name] != scope.default and form not in scope.formats), None
+    )
 
 
 def format_transcript(transcript: Transcript, form: str, *, width: int, lines: int, word_times: bool) -> str:

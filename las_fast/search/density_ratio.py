@@ -2,7 +2,7 @@
 automatic speech recognition"): subtract the internal language model of a speller.
 
 A speller learns an internal language model from its training transcripts. Let p be a language model of a large text,
-and q one of those transcripts. Adding log p(w | h) would count their language twice, so the search adds
+and q a language model of those transcripts. Adding log p(w | h) would count their language twice, so the search adds
 
     score(w | h) = log p(w | h) - weight * log q(w | h).
 

@@ -1,8 +1,8 @@
 """Decode the recordings of many clients together on one model.
 
-One thread reads segments of speech from the recordings in turn. Another thread owns the model: it decodes all waiting
-segments in one batch, hands each of them to its client, and starts again. Therefore a long recording does not delay
-short ones, and a recording that cannot be read fails alone.
+One thread reads segments of speech from the recordings in turn. Another thread owns the model: it decodes waiting
+segments, about batch_seconds of speech, in one batch, hands each of them to its client, and starts again. Therefore a
+long recording does not delay short ones, and a recording that cannot be read fails alone.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_the_batches_of_a_seed_are_the_same_in_every_version(count, frames, utte
         (80, 8000, 16, 1.01),
     ],
 )  # fmt: skip
-def test_classes_are_as_wide_as_eight_percent_of_padding_allow(count, frames, utterances, ratio):
+def test_buckets_are_as_wide_as_eight_percent_of_padding_allow(count, frames, utterances, ratio):
     batches = bucketed(LENGTHS[:count], frames=frames, utterances=utterances)
     assert batches._ratio == ratio and (batches.padding_share(0) <= 0.08 or ratio == min(BUCKET_RATIOS))
     if wider := [r for r in BUCKET_RATIOS if r > ratio]:

@@ -279,7 +279,7 @@ def test_triton_needs_a_gpu_of_compute_capability_8(monkeypatch):
     message = "the Triton kernels need a GPU of compute capability 8.0 or higher, and T4 has 7.5. Use backend='auto'"
     assert backends.unavailable("beam_topk", "triton") == message
     monkeypatch.setattr(backends, "_warned", set())
-    with pytest.warns(RuntimeWarning, match=message):
+    with pytest.warns(RuntimeWarning, match="and T4 has 7.5$"):
         assert backends.choose("speller_unroll", "auto", CUDA) == "fused"
 
 
