@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from las_fast import __version__
 from las_fast.errors import show
-from las_fast.system import allowed_cores, compiler, cpu_quota, missing_for_build
+from las_fast.system import allowed_cores, compiler, compiler_version, cpu_quota, missing_for_build
 
 PACKAGE = Path(__file__).resolve().parent
 MIN_FREE = 2**30  # bytes of disk or memory; with less there is advice
@@ -168,12 +168,10 @@ def check_compiler() -> Finding:
     if missing := missing_for_build():
         reason, remedy = missing
         return Finding(reason, "" if _extension_problem() is None else remedy)
-    command = [compiler(), "--version"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+        return Finding(show(compiler_version()))
     except (OSError, subprocess.SubprocessError) as error:
         return Finding(f"{compiler()} does not run ({_first_line(error)})", "install g++")
-    return Finding(show((done.stdout or done.stderr).strip().partition("\n")[0]))
 
 
 def _extension_problem() -> str | None:

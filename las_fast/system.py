@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -63,13 +64,22 @@ def compiler() -> str:
     return (os.environ.get("CXX", "").split() or ["c++"])[0]
 
 
+def compiler_version() -> str:
+    """Return the first line that the C++ compiler's --version prints.
+
+    Raises:
+        OSError, subprocess.SubprocessError: the compiler does not run.
+    """
+    command = [compiler(), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+    return (done.stdout or done.stderr).strip().partition("\n")[0]
+
+
 def is_clang() -> bool:
     """Return whether the C++ compiler is Clang."""
-    try:
-        done = subprocess.run([compiler(), "--version"], capture_output=True, text=True, errors="replace", timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return "clang" in done.stdout.lower()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return "clang" in compiler_version().lower()
+    return False
 
 
 def is_installed(package: str) -> bool:

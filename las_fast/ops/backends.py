@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -184,6 +184,16 @@ def supports_dtype(op: str, backend: str, dtype: torch.dtype | None) -> bool:
     """Return whether that backend of `op` supports tensors of `dtype`; always True for None."""
     types = IMPLEMENTED[op][backend]
     return types is None or dtype is None or dtype in types
+
+
+def check_devices(
+    like: str, device: torch.device, tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor] | None]
+) -> None:
+    """Raise ValueError unless all tensors, by name, are on the device of the argument `like`."""
+    for name, value in tensors.items():
+        for x in [value] if isinstance(value, torch.Tensor) else value or ():
+            if x.device != device:
+                raise ValueError(f"{name} must be on {device} like {like}; got {x.device}")
 
 
 def detached(x: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ def ngram_scores(
 
 
 def _check(model: NgramModel, states: Tensor, parents: Tensor | None, tokens: Tensor | None) -> None:
-    masks_per_row, device = -(-model.vocabulary_size // MASK_BITS), states.device
+    masks_per_row = -(-model.vocabulary_size // MASK_BITS)
     for name, part, width in (("rows", model.rows, 2 * masks_per_row + 2), ("arcs", model.arcs, 2)):
         if part.ndim != 2 or part.shape[1] != width or part.dtype != torch.int32 or not len(part):
             raise ValueError(f"model.{name} must be (N, {width}) int32; got {tuple(part.shape)} {part.dtype}")
@@ -143,9 +143,8 @@ def _check(model: NgramModel, states: Tensor, parents: Tensor | None, tokens: Te
         if x is not None and (x.shape != states.shape or x.dtype != torch.int64):
             shape = tuple(states.shape)
             raise ValueError(f"{name} must be {shape} int64 like states; got {tuple(x.shape)} {x.dtype}")
-    for name, x in (("model.rows", model.rows), ("model.arcs", model.arcs), ("parents", parents), ("tokens", tokens)):
-        if x is not None and x.device != device:
-            raise ValueError(f"{name} must be on {device} like states; got {x.device}")
+    others = {"model.rows": model.rows, "model.arcs": model.arcs, "parents": parents, "tokens": tokens}
+    backends.check_devices("states", states.device, others)
 
 
 def _reference(rows, arcs, V, order, states, parents, tokens) -> tuple[Tensor, Tensor]:

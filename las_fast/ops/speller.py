@@ -116,11 +116,3 @@ def check_memory(weights: SpellerWeights, keys: Tensor, values: Tensor) -> None:
     E = weights.project.shape[1] - weights.query.shape[1]
     if values.shape != (B, T, E):
         raise ValueError(f"values must be (B, T, E) with B={B}, T={T}, E={E}; got {tuple(values.shape)}")
-
-
-def check_devices(keys: Tensor, **others: Tensor | Sequence[Tensor] | None) -> None:
-    """Raise ValueError unless all other tensors are on the device of keys."""
-    for name, tensors in others.items():
-        for x in [tensors] if isinstance(tensors, Tensor) else tensors or ():
-            if x.device != keys.device:
-                raise ValueError(f"{name} must be on {keys.device} like keys; got {x.device}")

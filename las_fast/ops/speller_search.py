@@ -25,7 +25,7 @@ from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk, check_beam_t
 from las_fast.ops.ctc_prefix import CtcState, ctc_prefix, ctc_start
 from las_fast.ops.masks import padding_mask
 from las_fast.ops.ngram_scores import NgramModel, NgramScores, ngram_scores, ngram_start
-from las_fast.ops.speller import SpellerWeights, State, check_devices, check_memory, initial_state, step
+from las_fast.ops.speller import SpellerWeights, State, check_memory, initial_state, step
 
 PRECISIONS = ("fp32", "bf16", "int8")
 COVERAGE_FLOOR = 0.01  # lower clamp of a frame's attention, so that its logarithm is finite
@@ -251,7 +251,8 @@ def _check(weights: SpellerWeights, keys, values, lengths, options: Options, pre
     _check_precision(precision)
     check_memory(weights, keys, values)
     tensors = {"lengths": lengths, "minimum": options.minimum, "maximum": options.maximum}
-    check_devices(keys, weights=weights.flat(), values=values, **tensors, ctc_log_probs=options.ctc_log_probs)
+    others = {"weights": weights.flat(), "values": values, **tensors, "ctc_log_probs": options.ctc_log_probs}
+    backends.check_devices("keys", keys.device, others)
     B = keys.shape[0]
     for name, x in tensors.items():
         if x is not None and (x.shape != (B,) or x.dtype != torch.int64):

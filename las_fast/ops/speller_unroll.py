@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from las_fast.ops import backends
 from las_fast.ops.masked_attention import masked_attention
 from las_fast.ops.masks import padding_mask
-from las_fast.ops.speller import SpellerWeights, check_devices, check_memory, initial_state, step
+from las_fast.ops.speller import SpellerWeights, check_memory, initial_state, step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PANEL = 32  # columns per panel of packed weights (csrc/memory.h): rows of saved tensors are padded to a multiple
@@ -244,8 +244,8 @@ def _check(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     check_memory(weights, keys, values)
-    others = {"values": values, "lengths": lengths, "tokens": tokens, "sampled": sampled, "masks": masks}
-    check_devices(keys, weights=weights.flat(), **others)
+    others = {"weights": weights.flat(), "values": values, "lengths": lengths}
+    backends.check_devices("keys", keys.device, {**others, "tokens": tokens, "sampled": sampled, "masks": masks})
     B = keys.shape[0]
     if lengths.shape != (B,) or lengths.dtype != torch.int64:
         raise ValueError(f"lengths must be ({B},) int64; got {tuple(lengths.shape)} {lengths.dtype}")
